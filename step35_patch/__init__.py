@@ -1,0 +1,61 @@
+"""Train Step-3.5-Flash with released Megatron-Core. Importing this package activates it.
+
+``import step35_patch`` registers hooks that run when Megatron-Core's modules are imported, or at
+once if they are imported already (see `step35_patch.activation`). It loads neither torch nor
+megatron, numpy or pydantic: the names below that need them are imported on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+from step35_patch.activation import (
+    Step35ActivationError,
+    activate,
+    activate_on_import,
+    deactivate,
+    status,
+)
+
+if TYPE_CHECKING:
+    from step35_patch.config import Step35Config
+    from step35_patch.config_errors import Step35ConfigError
+    from step35_patch.layer import Step35DecoderLayer
+    from step35_patch.plan import LayerPlan
+    from step35_patch.provider import Step35ModelProvider
+
+__all__ = [
+    "LayerPlan",
+    "Step35ActivationError",
+    "Step35Config",
+    "Step35ConfigError",
+    "Step35DecoderLayer",
+    "Step35ModelProvider",
+    "activate",
+    "deactivate",
+    "status",
+]
+
+_MODULE_OF = {
+    "LayerPlan": "step35_patch.plan",
+    "Step35Config": "step35_patch.config",
+    "Step35ConfigError": "step35_patch.config_errors",
+    "Step35DecoderLayer": "step35_patch.layer",
+    "Step35ModelProvider": "step35_patch.provider",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+activate_on_import()
