@@ -1,0 +1,75 @@
+"""The `step35-patch` command. Each subcommand loads what it needs, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+_PUBLISHED = "step-3.5-flash"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, 1 for a config that cannot be used.
+
+    Args:
+        argv: The arguments without the program's name; the process's own if None.
+
+    Raises:
+        SystemExit: Wrong usage (status 2) or `--help`, as argparse does.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # Its arguments are its own (`demo --help` too), so argparse does not get to see them.
+    if arguments[:1] == ["demo"]:
+        from step35_patch import demo
+
+        return demo.main(arguments[1:])
+    options = _parser().parse_args(arguments)
+    try:
+        status = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, such as `head`, has enough. What is left in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="step35-patch", description="Train Step-3.5 with stock Megatron-Core."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    inspect = commands.add_parser(
+        "inspect",
+        help="show a config layer by layer, with exact parameter and byte counts",
+        description="Show what each layer of a config computes, and exact totals. Needs no torch.",
+    )
+    inspect.add_argument(
+        "config",
+        metavar="CONFIG",
+        help=f"a config.json, a folder with one, or {_PUBLISHED} for the published model's",
+    )
+    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
+    inspect.set_defaults(run=_inspect)
+    commands.add_parser(
+        "demo", help="train a tiny Step-3.5 on this machine, CPU included", add_help=False
+    )
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from step35_patch.config import Step35Config, Step35ConfigError, packaged_config_path
+    from step35_patch.inspect_report import as_json, as_text
+
+    path = options.config
+    if path == _PUBLISHED and not os.path.exists(path):
+        path = packaged_config_path()
+    try:
+        config = Step35Config.from_pretrained(path)
+    except Step35ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(as_json(config) if options.json else as_text(config))
+    return 0
