@@ -1,0 +1,139 @@
+"""Self-attention of a Step-3.5 layer: own RoPE and the head-wise output gate.
+
+Megatron-Core's `SelfAttention` does the work; its per-layer config has the layer's heads, groups
+and window. Two layouts of the gate are known:
+
+- `headwise`: `linear_qkv` has one row a head for the gate, by query group
+  [q (r * d) | gate (r) | k (d) | v (d)] with r heads a group and d channels a head. Exact in
+  training, 96 or 64 rows more than q, k and v.
+- `expanded`: Megatron-Core's own `attention_output_gate` layout [q (r * d) | gate (r * d) | k | v],
+  in which each head's gate row stands d times. Interchangeable with tools that know only that
+  layout; costs parameters, and the repeated rows drift apart in training.
+
+Shapes: s sequence, b batch, h hidden size, np / ng heads / query groups of this
+tensor-parallel rank, hn channels a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from step35_patch.rope import rotary_pos_emb
+
+
+def build_headwise_qkv(linear, input_size: int, output_size: int, /, *, config, **kwargs):
+    """Build `linear_qkv` with one gate row a head.
+
+    Megatron-Core's SelfAttention asks for kv_channels gate rows a head when
+    `attention_output_gate` is set; the difference is taken off again here.
+
+    Args:
+        linear: the column-parallel linear class of the spec.
+        input_size, output_size: as SelfAttention passes them.
+        config: the layer's config.
+    """
+    if not config.attention_output_gate:
+        raise ValueError(
+            "the head-wise gate needs attention_output_gate=True on the layer's config"
+        )
+    rows = output_size - config.num_attention_heads * (config.kv_channels - 1)
+    return linear(input_size, rows, config=config, **kwargs)
+
+
+class Step35SelfAttention(SelfAttention):
+    """Megatron-Core's SelfAttention with the layer's own RoPE and the gate of its layout.
+
+    Built by `Step35DecoderLayer` with that layer's config, which carries `step35_layer` (its
+    LayerPlan) and `step35` (the model's Step35Runtime).
+    """
+
+    def __init__(self, config: TransformerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.headwise_gate = (
+            config.attention_output_gate and config.step35.gate_layout == "headwise"
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None = None,
+        inference_context=None,
+        rotary_pos_emb: Tensor | None = None,  # the model-wide one, which is not this layer's
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        rotary_pos_cos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        sequence_len_offset: int | None = None,
+        *,
+        inference_params=None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: [s, b, h]; returns ([s, b, h], bias or None), as Megatron-Core's does.
+
+        Raises:
+            NotImplementedError: an inference context is given; its key-value cache knows
+                neither per-layer RoPE nor per-layer windows.
+        """
+        if inference_context is not None or inference_params is not None:
+            raise NotImplementedError(
+                "Step-3.5 layers train and evaluate; generation with Megatron-Core's inference "
+                "context is not supported. Save the weights with "
+                "step35_patch.checkpoint.save_hf_weights and serve them from there."
+            )
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            key_value_states=key_value_states,
+            rotary_pos_emb=self._own_rotary_pos_emb(hidden_states, packed_seq_params),
+            attention_bias=attention_bias,
+            packed_seq_params=packed_seq_params,
+            sequence_len_offset=sequence_len_offset,
+        )
+
+    def _own_rotary_pos_emb(
+        self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None
+    ) -> Tensor:
+        return rotary_pos_emb(
+            self.config.step35_layer,
+            self.config,
+            hidden_states,
+            packed_seq_params,
+            self.pg_collection.cp,
+        )
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        output_gate: bool = False,
+        split_qkv: bool = True,
+    ):
+        """hidden_states: [s, b, h]; returns query [s, b, np, hn], key and value [s, b, ng, hn],
+        and with a gate its logits: [s, b, np] (headwise) or [s, b, np, hn] (expanded)."""
+        if not (output_gate and self.headwise_gate):
+            return super().get_query_key_value_tensors(
+                hidden_states, key_value_states, output_gate=output_gate, split_qkv=split_qkv
+            )
+        if not split_qkv:
+            raise ValueError("fused_single_qkv_rope does not know the gate: leave it off")
+        mixed, _ = self.linear_qkv(hidden_states)
+        groups, channels = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        heads = self.num_attention_heads_per_partition // groups
+        sections = [heads * channels, heads, channels, channels]
+        mixed = mixed.view(*mixed.shape[:-1], groups, sum(sections))
+        query, gate, key, value = torch.split(mixed, sections, dim=-1)
+        query = query.reshape(*query.shape[:2], groups * heads, channels)
+        gate = gate.reshape(*gate.shape[:2], groups * heads)
+        return self.q_layernorm(query), self.k_layernorm(key), value, gate
+
+    def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x: [s, b, np * hn]; gate: logits as above; multiplies each head by its sigmoid."""
+        if not self.headwise_gate:
+            return super()._apply_output_gate(x, gate)
+        heads = x.view(*gate.shape, self.hidden_size_per_attention_head)
+        return (heads * torch.sigmoid(gate.float()).unsqueeze(-1)).to(x.dtype).view(x.shape)

@@ -1,0 +1,94 @@
+"""Each MTP layer's own output matrix.
+
+The published checkpoint has one output matrix for each MTP layer
+(`transformer.shared_head.output.weight`); Megatron-Core computes the MTP logits with the model's
+one `output_layer`. The matrices live on the GPTModel, on the pipeline stage that has the output
+layer, and `process_mtp_loss` is handed a callable that takes the right one in turn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+# The attribute of GPTModel, and so the prefix of the matrices in Megatron checkpoints.
+OUTPUT_LAYERS = "mtp_output_layers"
+# Where process_mtp_loss, which sees only the model's output layer, finds them.
+_LINK = "step35_mtp_output_layers"
+
+
+class MtpOutputLayers(MegatronModule):
+    """One vocabulary-parallel output matrix for each MTP layer, children "0", "1", ...
+
+    Args:
+        model: the GPTModel whose output layer's shape, precision and gathering they share.
+    """
+
+    def __init__(self, model: torch.nn.Module):
+        config = model.config
+        super().__init__(config)
+        for depth in range(config.mtp_num_layers):
+            layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                model.vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=not model.parallel_output,
+                tp_group=model.pg_collection.tp,
+            )
+            # As setup_embeddings_and_output_layer marks the model's own; optimizers read it.
+            layer.weight.is_embedding_or_output_parameter = True
+            self.add_module(str(depth), layer)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """The matrices sharded by vocabulary rows, whose padding may differ between layouts."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        for key, tensor in sharded.items():
+            if key.endswith(".weight"):
+                tensor.allow_shape_mismatch = True
+        return sharded
+
+
+class OutputLayerByDepth:
+    """Stands for the output layer in one call of process_mtp_loss: call k uses matrix k.
+
+    Everything else that is asked of it is answered by the model's output layer.
+    """
+
+    def __init__(self, output_layer: torch.nn.Module, layers: tuple[torch.nn.Module, ...]):
+        self._output_layer = output_layer
+        self._layers = iter(layers)
+
+    def __call__(self, hidden_states: Tensor, weight: Tensor | None = None, **kwargs: Any) -> Any:
+        if weight is not None:
+            raise ValueError("Step-3.5's output matrices are untied: expected no shared weight")
+        return next(self._layers)(hidden_states, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._output_layer, name)
+
+
+def add_output_layers(model: torch.nn.Module) -> None:
+    """Give a GPTModel with an output layer and MTP layers its `mtp_output_layers`."""
+    layers = MtpOutputLayers(model)
+    setattr(model, OUTPUT_LAYERS, layers)
+    # A tuple, so that torch does not register the matrices a second time.
+    setattr(model.output_layer, _LINK, tuple(layers.children()))
+
+
+def by_depth(output_layer: torch.nn.Module) -> OutputLayerByDepth:
+    """The output layer that process_mtp_loss is given for a Step-3.5 model."""
+    layers = getattr(output_layer, _LINK, None)
+    if layers is None:
+        raise RuntimeError(
+            "this Step-3.5 model has no output matrices for its MTP layers: it was built before "
+            "step35_patch was active, or its output layer was exchanged. Import step35_patch "
+            "before building the model."
+        )
+    return OutputLayerByDepth(output_layer, layers)

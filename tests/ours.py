@@ -1,0 +1,73 @@
+"""The package's side of the parity tests: a Step-3.5 GPTModel in this process, on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from step35_patch import Step35DecoderLayer, Step35ModelProvider
+from step35_patch.checkpoint import load_hf_weights, published_tensors_of
+
+
+def initialize_megatron(world_size: int = 1, **sizes: int) -> None:
+    """torch.distributed (gloo) and Megatron-Core's groups, once in a process."""
+    from megatron.core import parallel_state
+
+    if torch.distributed.is_initialized():
+        return
+    if world_size == 1:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    else:
+        torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(**sizes)
+
+
+def build(hf_dir: Path, **overrides) -> torch.nn.Module:
+    """A GPTModel on the CPU with the weights of a folder, local transformer implementation."""
+    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+
+    initialize_megatron()
+    # Process-wide, and of the size of the first model's MTP layers.
+    MTPLossLoggingHelper.tracker.clear()
+    options = {"transformer_impl": "local", "use_cpu_initialization": True}
+    provider = Step35ModelProvider.from_hf(hf_dir, **(options | overrides))
+    model = provider.provide()
+    load_hf_weights(model, hf_dir)
+    return model
+
+
+def run(
+    model: torch.nn.Module, input_ids: torch.Tensor, labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits [b, s, vocabulary], or with labels the loss of each token [b, s]."""
+    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    return model(input_ids, positions, None, labels=labels)
+
+
+def published_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters' gradients in the published names, by way of the package's own export map."""
+    for layer in model.modules():
+        if not isinstance(layer, Step35DecoderLayer) or not layer.config.attention_output_gate:
+            continue
+        if layer.config.step35.gate_layout == "expanded":
+            # A g_proj row stands many times: its gradient is the sum of theirs.
+            plan, weight = layer.plan, layer.self_attention.linear_qkv.weight
+            heads = plan.num_attention_heads // plan.num_query_groups
+            rows = weight.grad.view(plan.num_query_groups, -1, plan.kv_channels, weight.shape[-1])
+            gate = rows[:, heads : 2 * heads]
+            gate.copy_(gate.sum(dim=2, keepdim=True).expand_as(gate))
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.data, parameter.grad = parameter.grad, parameter.data
+        try:
+            return {
+                name: tensor.clone()
+                for name, tensor in published_tensors_of(model)
+                if not name.endswith("router_bias")
+            }
+        finally:
+            for parameter in parameters:
+                parameter.data, parameter.grad = parameter.grad, parameter.data

@@ -1,0 +1,79 @@
+"""Weights in and out, and the loss, under each parallel layout: real processes, gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reference import (
+    WINDOW,
+    Reference,
+    random_tokens,
+    random_weights,
+    tiny_config,
+    write_hf_folder,
+)
+
+pytestmark = [pytest.mark.megatron, pytest.mark.slow]
+
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+VPP, EP = "virtual_pipeline_model_parallel_size", "expert_model_parallel_size"
+
+# Name: (processes, provider's overrides, the layers that each rank must hold or None)
+LAYOUTS = {
+    "tp2 with sequence parallelism": (2, {TP: 2, "sequence_parallel": True}, None),
+    "expert parallel": (2, {EP: 2}, None),
+    "pipeline": (2, {PP: 2}, [[0, 1, 2], [3, 4, 5, 6, 7]]),
+    "virtual pipeline": (2, {PP: 2, VPP: 3}, [[0, 2, 4], [1, 3, 5, 6, 7]]),
+    "uneven pipeline": (
+        2,
+        {PP: 2, "num_layers_in_first_pipeline_stage": 5, "num_layers_in_last_pipeline_stage": 1},
+        [[0, 1, 2, 3, 4], [5, 6, 7]],
+    ),
+    "no decoder layer on the last stage": (
+        2,
+        {PP: 2, "pipeline_model_parallel_layout": "Et*6|mmL"},
+        [[0, 1, 2, 3, 4, 5], [6, 7]],
+    ),
+    "expanded gate, tp2": (
+        2,
+        {TP: 2, "sequence_parallel": True, "gate_layout": "expanded"},
+        None,
+    ),
+    "tp2 and pp2": (4, {TP: 2, PP: 2, "sequence_parallel": True}, None),
+}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    config = tiny_config()
+    weights = random_weights(config, 21)
+    folder = write_hf_folder(tmp_path_factory.mktemp("hf"), config, weights)
+    tokens = random_tokens(1, 2, 3 * WINDOW + 2)
+    _, loss, _ = Reference(config, weights).losses(*tokens)
+    return folder, loss.item()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout(case, tmp_path, name):
+    folder, loss = case
+    processes, layout, layers = LAYOUTS[name]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes)]
+    command += [str(Path(__file__).with_name("distributed_worker.py"))]
+    command += [str(folder), str(tmp_path / "out"), repr(loss), json.dumps(layout)]
+    # torchrun's own default, without its warning.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    for rank in range(processes):
+        expected = f"layers {layers[rank]} ok" if layers else "ok"
+        lines = [line for line in result.stdout.splitlines() if line.startswith(f"rank {rank} ")]
+        assert lines and lines[0].endswith(expected), result.stdout[-2000:]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
