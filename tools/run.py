@@ -1,0 +1,169 @@
+"""What ./run does once it has a Python: set up .venv, then run the demo or the tests in it.
+
+Standard library only. The set-up is skipped while what it depends on is unchanged, so that a
+second run needs no network; one that was interrupted is started afresh.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+# The digest of what .venv was made from; else what the next run has to do: begin afresh, or only
+# install again, which pip can do over a half-done change.
+STATE = VENV / "step35-setup"
+INCOMPLETE, OUTDATED = "incomplete", "outdated"
+# The newest tested Megatron-Core is in .venv itself; these lie in folders for PYTHONPATH.
+OLDER_MEGATRON_CORES = ("0.18", "0.17")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="./run", description="Set up .venv, then:")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("demo", help="train a tiny Step-3.5 (further arguments go to the demo)")
+    test = commands.add_parser("test", help="run the tests (further arguments go to pytest)")
+    test.add_argument("--quick", action="store_true", help="leave the slow tests out")
+    commands.add_parser("setup", help="nothing else")
+    arguments, rest = parser.parse_known_args()
+
+    started = time.monotonic()
+    set_up()
+    report("set-up", started)
+    if arguments.command == "demo":
+        return subprocess.run(
+            [VENV / "bin" / "step35-patch", "demo", *rest], env=environment()
+        ).returncode
+    if arguments.command == "test":
+        return test_all(rest, arguments.quick)
+    return 0
+
+
+def report(stage: str, started: float) -> None:
+    print(f"[{stage}: {time.monotonic() - started:.0f} s]", flush=True)
+
+
+def environment(python_path: Path | None = None) -> dict[str, str]:
+    """The caller's environment with .venv active, and without what would change the results."""
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("STEP35_") and name not in ("PYTHONPATH", "PYTHONHOME")
+    }
+    variables["VIRTUAL_ENV"] = str(VENV)
+    variables["PATH"] = f"{VENV / 'bin'}{os.pathsep}{variables.get('PATH', os.defpath)}"
+    if python_path is not None:
+        variables["PYTHONPATH"] = str(python_path)
+    return variables
+
+
+def set_up() -> None:
+    """Make .venv what setup.cfg asks for, unless it is."""
+    with open(ROOT / ".venv.lock", "w") as lock:
+        # A second ./run waits for the first one's set-up. The commands below inherit the lock, so
+        # that it also waits for what a killed ./run left running.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.set_inheritable(lock.fileno(), True)
+        wanted = digest()
+        found = STATE.read_text() if STATE.exists() else None
+        if found == wanted and PYTHON.exists():
+            return
+        if found is None and VENV.exists():
+            sys.exit(
+                f"run: {VENV} is there, but was not made by ./run. Move it away, then run again."
+            )
+        print("Setting up .venv. The first time takes minutes: PyTorch is a download of GBytes.")
+        sys.stdout.flush()
+        if found == INCOMPLETE or not PYTHON.exists():
+            shutil.rmtree(VENV, ignore_errors=True)
+            VENV.mkdir()
+            STATE.write_text(INCOMPLETE)
+            call(sys.executable, "-m", "venv", str(VENV))
+        else:
+            STATE.write_text(OUTDATED)
+        pip("--editable", f"{ROOT}[training,reference,dev]")
+        for version in OLDER_MEGATRON_CORES:
+            target = megatron_core(version)
+            shutil.rmtree(target, ignore_errors=True)
+            pip("--no-deps", "--target", str(target), f"megatron-core=={version}.*")
+        STATE.write_text(wanted)
+
+
+def digest() -> str:
+    """A digest of everything that decides what the set-up installs."""
+    files = ["setup.cfg", "setup.py", "pyproject.toml", "tools/run.py"]
+    files += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "startup").iterdir())
+    sums = hashlib.sha256(sys.version.encode())
+    for file in files:
+        sums.update(f"{file}\0".encode() + (ROOT / file).read_bytes())
+    return sums.hexdigest()
+
+
+def megatron_core(version: str) -> Path:
+    return VENV / f"megatron-core-{version}"
+
+
+def pip(*arguments: str) -> None:
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    call(str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", *quiet, *arguments)
+
+
+def call(*command: str) -> None:
+    # close_fds=False: see the lock in set_up.
+    done = subprocess.run(command, env=environment(), cwd=ROOT, close_fds=False)
+    if status := done.returncode:
+        sys.exit(f"run: {' '.join(command)} failed with status {status}")
+
+
+def test_all(arguments: list[str], quick: bool) -> int:
+    """All tests with the newest Megatron-Core, and those that depend on it with the others."""
+    only = ["not slow"] if quick else []
+    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    statuses = [run_tests("newest Megatron-Core", None, only, arguments, counts)]
+    for version in OLDER_MEGATRON_CORES:
+        name = f"Megatron-Core {version}"
+        path = megatron_core(version)
+        statuses.append(run_tests(name, path, ["megatron", *only], arguments, counts))
+    failed = counts["failures"] + counts["errors"]
+    passed = counts["tests"] - failed - counts["skipped"]
+    print(f"{passed} passed, {failed} failed, {counts['skipped']} skipped")
+    # 5: pytest selected no test. One part may be without any, the whole may not.
+    broken = any(status not in (0, 5) for status in statuses)
+    return int(broken or failed > 0 or passed == 0)
+
+
+def run_tests(
+    name: str,
+    python_path: Path | None,
+    only: list[str],
+    arguments: list[str],
+    counts: dict[str, int],
+) -> int:
+    """One run of pytest; its counts are added to `counts`, its status is returned."""
+    print(f"== tests with {name}", flush=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.xml")
+        command = [str(PYTHON), "-m", "pytest", f"--junitxml={result}", *arguments]
+        if only:
+            command += ["-m", " and ".join(only)]
+        status = subprocess.run(command, cwd=ROOT, env=environment(python_path)).returncode
+        if result.exists():
+            for suite in xml.etree.ElementTree.parse(result).iter("testsuite"):
+                for key in counts:
+                    counts[key] += int(suite.get(key))
+    report(f"tests with {name}", started)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
