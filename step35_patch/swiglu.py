@@ -35,6 +35,10 @@ class ClampedSwiGLU(torch.nn.Module):
             up = up.clamp(min=-self.limit, max=self.limit)
         return gate * up
 
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+        """Nothing to save; Megatron-Core 0.17 asks every module of an MLP for it."""
+        return {}
+
     def extra_repr(self) -> str:
         return f"limit={self.limit}"
 

@@ -1,0 +1,1 @@
+"""Scripts to start from. `step35-patch demo` runs `pretrain_step35.py`."""
