@@ -8,7 +8,9 @@ and window. Two layouts of the gate are known:
   training, 96 or 64 rows more than q, k and v.
 - `expanded`: Megatron-Core's own `attention_output_gate` layout [q (r * d) | gate (r * d) | k | v],
   in which each head's gate row stands d times. Interchangeable with tools that know only that
-  layout; costs parameters, and the repeated rows drift apart in training.
+  layout, at the cost of the redundant rows. The gate of a head is the mean over its rows, so
+  that they, equal at first, get equal gradients and stay equal; with Megatron-Core's own gate,
+  where each row gates a channel, they drift apart.
 
 Shapes: s sequence, b batch, h hidden size, np / ng heads / query groups of this
 tensor-parallel rank, hn channels a head.
@@ -53,9 +55,27 @@ class Step35SelfAttention(SelfAttention):
 
     def __init__(self, config: TransformerConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        self.headwise_gate = (
-            config.attention_output_gate and config.step35.gate_layout == "headwise"
-        )
+        gate_layout = config.step35.gate_layout if config.attention_output_gate else None
+        self.headwise_gate = gate_layout == "headwise"
+        self.tied_gate = gate_layout == "expanded"
+        if self.tied_gate:
+            with torch.no_grad():  # they are drawn differently
+                rows = self.tied_gate_rows(self.linear_qkv.weight)
+                rows.copy_(rows[:, :, :1].clone().expand_as(rows))
+
+    def tied_gate_rows(self, tensor: Tensor) -> Tensor:
+        """The gate rows of the `expanded` linear_qkv weight, or of its gradient, as a view.
+
+        Args:
+            tensor: this rank's [rows, h].
+
+        Returns:
+            [groups, heads a group, d, h]: the d rows of each head that stand for one of g_proj.
+        """
+        groups = self.num_query_groups_per_partition
+        heads = self.num_attention_heads_per_partition // groups
+        by_head = tensor.view(groups, 2 * heads + 2, self.hidden_size_per_attention_head, -1)
+        return by_head[:, heads : 2 * heads]
 
     def forward(
         self,
@@ -134,6 +154,27 @@ class Step35SelfAttention(SelfAttention):
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
         """x: [s, b, np * hn]; gate: logits as above; multiplies each head by its sigmoid."""
         if not self.headwise_gate:
-            return super()._apply_output_gate(x, gate)
+            gate = gate.float().mean(dim=-1)
         heads = x.view(*gate.shape, self.hidden_size_per_attention_head)
         return (heads * torch.sigmoid(gate.float()).unsqueeze(-1)).to(x.dtype).view(x.shape)
+
+
+def scale_tied_gradients(model: torch.nn.Module) -> None:
+    """Give the tied gate rows of an `expanded` model the gradients' norm of the head-wise layout.
+
+    With G the gradient of a row of g_proj, each of the d rows in its place has G / d; scaled by
+    sqrt(d) they have the squared norm of G together. Clipping by the norm is then that of the
+    head-wise layout, and so are Adam's steps, which do not depend on a gradient's scale.
+
+    Args:
+        model: a model chunk, whose accumulated gradients (`main_grad`, or `grad` without
+            Megatron-Core's DistributedDataParallel) are scaled in place. Other layouts stay.
+    """
+    for module in model.modules():
+        if isinstance(module, Step35SelfAttention) and module.tied_gate:
+            weight = module.linear_qkv.weight
+            gradient = getattr(weight, "main_grad", None)
+            gradient = weight.grad if gradient is None else gradient
+            if gradient is not None:
+                rows = module.tied_gate_rows(gradient)
+                rows.mul_(rows.shape[2] ** 0.5)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from step35_patch import Step35DecoderLayer, Step35ModelProvider
+from step35_patch import Step35ModelProvider
+from step35_patch.attention import Step35SelfAttention
 from step35_patch.checkpoint import load_hf_weights, published_tensors_of
 
 
@@ -48,16 +49,11 @@ def run(
 
 def published_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The parameters' gradients in the published names, by way of the package's own export map."""
-    for layer in model.modules():
-        if not isinstance(layer, Step35DecoderLayer) or not layer.config.attention_output_gate:
-            continue
-        if layer.config.step35.gate_layout == "expanded":
-            # A g_proj row stands many times: its gradient is the sum of theirs.
-            plan, weight = layer.plan, layer.self_attention.linear_qkv.weight
-            heads = plan.num_attention_heads // plan.num_query_groups
-            rows = weight.grad.view(plan.num_query_groups, -1, plan.kv_channels, weight.shape[-1])
-            gate = rows[:, heads : 2 * heads]
-            gate.copy_(gate.sum(dim=2, keepdim=True).expand_as(gate))
+    for module in model.modules():
+        if isinstance(module, Step35SelfAttention) and module.tied_gate:
+            # Each of the d rows that stand for one of g_proj has the d-th part of its gradient.
+            gate = module.tied_gate_rows(module.linear_qkv.weight.grad)
+            gate.mul_(gate.shape[2])
     parameters = [p for p in model.parameters() if p.grad is not None]
     with torch.no_grad():
         for parameter in parameters:
