@@ -16,7 +16,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
@@ -24,9 +24,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from step35_patch.windowed_attention import packed_windowed_attention, windowed_attention
-
-__all__ = ["Step35DotProductAttention", "packed_windowed_attention", "windowed_attention"]
+from step35_patch.windowed_attention import (
+    attend_to_prefix,
+    packed_windowed_attention,
+    windowed_attention,
+)
 
 # What Megatron-Core's config can ask of a core attention and this one doesn't do: field, the value
 # to have, and why. apply_query_key_layer_scaling changes no result, but would have no effect.
@@ -40,8 +42,8 @@ _REQUIRED_CONFIG = (
 )
 
 _NO_CONTEXT_PARALLELISM = (
-    "Attention on torch sees whole sequences only: set context_parallel_size to 1 "
-    "(--context-parallel-size 1), and use tensor or pipeline parallelism instead."
+    "Under context parallelism, attention on torch knows whole sequences and causality only: set "
+    "context_parallel_size to 1 (--context-parallel-size 1), or leave this out."
 )
 
 
@@ -62,8 +64,9 @@ class Step35DotProductAttention(MegatronModule):
         attention_type: "self".
         attention_dropout: share of probabilities dropped in training; None: the config's.
         softmax_scale: factor on the scores; None: kv_channels ** -0.5.
-        cp_comm_type: how context parallelism communicates; without it, without meaning.
-        pg_collection: process groups; only `cp` (must have one rank) and `tp` are looked at.
+        cp_comm_type: how context parallelism is to communicate. Whatever it says, keys and values of
+            all ranks are gathered here, which gives the same numbers.
+        pg_collection: process groups, of which `cp` and `tp` are used; None means the global ones.
 
     Raises:
         ValueError: if the arguments or the config ask for what this attention doesn't do.
@@ -87,7 +90,7 @@ class Step35DotProductAttention(MegatronModule):
                 f"Layer {layer_number}: attention_type: expected 'self', found {attention_type!r}. "
                 "Step-3.5 has no cross attention."
             )
-        _check_config(config, layer_number, pg_collection)
+        _check_config(config, layer_number)
         self._check_mask_type(attn_mask_type)
         self.attn_mask_type = attn_mask_type
         self.window_left = _window_left(config, layer_number)
@@ -95,6 +98,9 @@ class Step35DotProductAttention(MegatronModule):
         self.attention_dropout = (
             config.attention_dropout if attention_dropout is None else attention_dropout
         )
+        self.cp_group = getattr(pg_collection, "cp", None)
+        if self.cp_group is None and config.context_parallel_size > 1:
+            self.cp_group = parallel_state.get_context_parallel_group()
         # MegatronModule.sharded_state_dict looks for it, and else for the global groups.
         if hasattr(pg_collection, "tp"):
             self.tp_group = pg_collection.tp
@@ -110,6 +116,9 @@ class Step35DotProductAttention(MegatronModule):
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Attention of one layer, on the heads of this tensor-parallel rank.
+
+        Under context parallelism s is this rank's share of the sequence: its early and its late
+        chunk, as Megatron-Core deals them out (rank r of n has chunks r and 2n - 1 - r of 2n).
 
         Args:
             query: [s, b, np, hn]; [t, np, hn] if the sequences are packed.
@@ -160,6 +169,8 @@ class Step35DotProductAttention(MegatronModule):
                     attention_mask=attention_mask,
                     dropout_p=dropout_p,
                 )
+            if self.cp_group is not None and self.cp_group.size() > 1:
+                return self._context_parallel(query, key, value, attention_mask, dropout_p)
             return windowed_attention(
                 query,
                 key,
@@ -169,6 +180,43 @@ class Step35DotProductAttention(MegatronModule):
                 attention_mask=attention_mask,
                 dropout_p=dropout_p,
             )
+
+    def _context_parallel(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout_p: float,
+    ) -> Tensor:
+        if attention_mask is not None:
+            raise ValueError(
+                f"Layer {self.layer_number}: attention_mask: expected None under context "
+                f"parallelism, found a tensor {list(attention_mask.shape)}. "
+                f"{_NO_CONTEXT_PARALLELISM} (--no-create-attention-mask-in-dataloader)"
+            )
+        rank, size = self.cp_group.rank(), self.cp_group.size()
+        # Where in the ranks' order the chunks of the sequence's order stand.
+        places = [2 * r for r in range(size)] + [2 * r + 1 for r in reversed(range(size))]
+        # Its backward adds up what the ranks' queries send back, and deals it out again.
+        gather = tensor_parallel.gather_from_sequence_parallel_region
+        by_rank = [gather(x, group=self.cp_group).chunk(2 * size) for x in (key, value)]
+        key, value = (torch.cat([chunks[place] for place in places]) for chunks in by_rank)
+        chunk = query.size(0) // 2
+        outputs = []
+        for part, position in zip(query.chunk(2), (rank, 2 * size - 1 - rank)):
+            end = (position + 1) * chunk
+            outputs.append(
+                attend_to_prefix(
+                    part,
+                    key[:end],
+                    value[:end],
+                    window_left=self.window_left,
+                    softmax_scale=self.softmax_scale,
+                    dropout_p=dropout_p,
+                )
+            )
+        return torch.cat(outputs)
 
     def _check_mask_type(self, mask_type: AttnMaskType) -> None:
         if mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
@@ -192,7 +240,13 @@ class Step35DotProductAttention(MegatronModule):
                 f"Layer {self.layer_number}: packed_seq_params.local_cp_size: expected None or 1, "
                 f"found {params.local_cp_size}. {_NO_CONTEXT_PARALLELISM}"
             )
-        return params.qkv_format == "thd"
+        packed = params.qkv_format == "thd"
+        if packed and self.cp_group is not None and self.cp_group.size() > 1:
+            raise ValueError(
+                f"Layer {self.layer_number}: packed_seq_params.qkv_format: expected 'sbhd' under "
+                f"context parallelism, found 'thd'. {_NO_CONTEXT_PARALLELISM}"
+            )
+        return packed
 
     def _cu_seqlens(self, params: PackedSeqParams) -> tuple[Tensor, Tensor | None]:
         for suffix in ("", "_padded"):
@@ -216,9 +270,7 @@ def _listed(tensor: Tensor | None) -> list[int] | None:
     return None if tensor is None else tensor.tolist()
 
 
-def _check_config(
-    config: TransformerConfig, layer_number: int, pg_collection: ProcessGroupCollection | None
-) -> None:
+def _check_config(config: TransformerConfig, layer_number: int) -> None:
     for field, expected, reason in _REQUIRED_CONFIG:
         found = getattr(config, field)
         if found != expected:
@@ -226,13 +278,6 @@ def _check_config(
                 f"Layer {layer_number}: {field}: expected {expected!r}, found {found!r}. It would "
                 f"have no effect in attention on torch: {reason}. Leave it at {expected!r}."
             )
-    cp_group = getattr(pg_collection, "cp", None)
-    cp_size = max(config.context_parallel_size, 1 if cp_group is None else cp_group.size())
-    if cp_size > 1:
-        raise ValueError(
-            f"Layer {layer_number}: context_parallel_size: expected 1, found {cp_size}. "
-            + _NO_CONTEXT_PARALLELISM
-        )
 
 
 def _window_left(config: TransformerConfig, layer_number: int) -> int | None:

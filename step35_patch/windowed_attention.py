@@ -88,6 +88,57 @@ def windowed_attention(
     return out.reshape(s, b, num_heads * hn)
 
 
+def attend_to_prefix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window_left: int | None,
+    softmax_scale: float,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """`windowed_attention` of the last tokens of a sequence to all of them.
+
+    With a window, as costly as windowed_attention of s + window_left tokens. Without one, the
+    mask takes s * keys numbers.
+
+    Args:
+        query: [s, b, np, hn], of the last s tokens.
+        key, value: [keys, b, ng, hn], of all tokens; keys >= s.
+        window_left, softmax_scale, dropout_p: as in `windowed_attention`.
+
+    Returns:
+        [s, b, np * hn] in the query's dtype.
+    """
+    s, keys = query.size(0), key.size(0)
+    if window_left is not None:
+        # What no query sees is left out; tokens before the first query get one that is dropped.
+        seen = min(keys, s + window_left)
+        padded = F.pad(query, (0, 0, 0, 0, 0, 0, seen - s, 0))
+        key, value = key[keys - seen :], value[keys - seen :]
+    else:
+        seen, padded = keys, query
+    if seen == padded.size(0):
+        return windowed_attention(
+            padded,
+            key,
+            value,
+            window_left=window_left,
+            softmax_scale=softmax_scale,
+            dropout_p=dropout_p,
+        )[seen - s :]
+    r = query.size(2) // key.size(2)
+    positions = torch.arange(keys, device=query.device)
+    out = _attend(
+        query.permute(1, 2, 0, 3),
+        *(x.repeat_interleave(r, dim=2).permute(1, 2, 0, 3) for x in (key, value)),
+        positions <= positions[keys - s :, None],
+        softmax_scale,
+        dropout_p,
+    )
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
 def packed_windowed_attention(
     query: Tensor,
     key: Tensor,

@@ -34,6 +34,7 @@ _SIZES = (
     "virtual_pipeline_model_parallel_size",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
+    "context_parallel_size",
 )
 
 
@@ -68,14 +69,31 @@ def build_chunks(hf_dir: Path, layout: dict) -> list[torch.nn.Module]:
 
 def mean_loss(chunks: list[torch.nn.Module]) -> float | None:
     """The mean loss of two microbatches of one sample each, on the last stage; else None."""
-    length = 3 * WINDOW + 2
+    length = 3 * WINDOW
     input_ids, labels = random_tokens(1, 2, length)
+    group = parallel_state.get_context_parallel_group()
 
     def step(iterator, model):
         index = next(iterator)
-        tokens, targets = input_ids[index : index + 1], labels[index : index + 1]
-        output = model(tokens, torch.arange(length)[None], None, labels=targets)
-        return output, lambda losses: (losses.mean(), {"loss": losses.mean().detach()})
+        batch = {
+            "tokens": input_ids[index : index + 1],
+            "labels": labels[index : index + 1],
+            "position_ids": torch.arange(length)[None],
+        }
+        batch = {name: this_rank(tensor) for name, tensor in batch.items()}
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return output, mean
+
+    def this_rank(tensor):
+        """The early and the late chunk of [b, s] that context parallelism deals to this rank."""
+        rank, size = group.rank(), group.size()
+        chunks = tensor.chunk(2 * size, dim=1)
+        return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1)
+
+    def mean(losses):
+        whole = losses.detach().mean()
+        torch.distributed.all_reduce(whole, op=torch.distributed.ReduceOp.SUM, group=group)
+        return losses.mean(), {"loss": whole / group.size()}
 
     losses = get_forward_backward_func()(
         forward_step_func=step,

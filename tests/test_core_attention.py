@@ -12,8 +12,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from step35_patch.core_attention import (
-    Step35DotProductAttention,
+from step35_patch.core_attention import Step35DotProductAttention
+from step35_patch.windowed_attention import (
+    attend_to_prefix,
     packed_windowed_attention,
     windowed_attention,
 )
@@ -557,8 +558,6 @@ def test_nothing_is_kept_in_checkpoints():
         (dict(log_max_attention_logit=True), "log_max_attention_logit: expected False"),
         (dict(fp8_dot_product_attention=True), "fp8_dot_product_attention: expected False"),
         (dict(fp8_multi_head_attention=True), "fp8_multi_head_attention: expected False"),
-        (dict(context_parallel_size=2), "context_parallel_size: expected 1, found 2"),
-        (dict(pg_collection=process_groups(tp=1, cp=4)), "context_parallel_size: .*found 4"),
         (dict(mask_type=AttnMaskType.arbitrary), "attn_mask_type: .*AttnMaskType.arbitrary"),
         (dict(mask_type=AttnMaskType.padding), "attn_mask_type: .*AttnMaskType.padding"),
     ],
@@ -603,3 +602,22 @@ def test_cross_attention_is_an_error():
 def test_what_it_does_not_do_is_an_error_when_it_is_called(arguments, message):
     with pytest.raises(ValueError, match=message):
         call(attention(), random_qkv(8, 1, 4, 2, 16), **arguments)
+
+
+def test_what_context_parallelism_cannot_do_is_an_error():
+    module = attention(pg_collection=process_groups(tp=1, cp=4))
+    inputs = random_qkv(8, 1, 4, 2, 16)
+    with pytest.raises(ValueError, match="attention_mask: .*no-create-attention-mask"):
+        call(module, inputs, mask=torch.zeros(1, 1, 8, 32, dtype=torch.bool))
+    with pytest.raises(ValueError, match="qkv_format: expected 'sbhd' under context"):
+        call(module, inputs, packed_seq_params=PackedSeqParams(qkv_format="thd"))
+
+
+@pytest.mark.parametrize("window_left", [None, 0, 5, 20, 100])
+@pytest.mark.parametrize("s,keys", [(8, 8), (8, 9), (8, 40), (40, 48), (1, 30)])
+def test_the_last_tokens_attend_as_in_the_whole_sequence(s, keys, window_left):
+    q, k, v = random_qkv(keys, 2, 6, 2, 16)
+    options = dict(window_left=window_left, softmax_scale=0.3)
+    whole = windowed_attention(q, k, v, **options)[keys - s :]
+    last = attend_to_prefix(q[keys - s :], k, v, **options)
+    torch.testing.assert_close(last, whole, rtol=1e-5, atol=1e-6)

@@ -22,11 +22,13 @@ pytestmark = [pytest.mark.megatron, pytest.mark.slow]
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 VPP, EP = "virtual_pipeline_model_parallel_size", "expert_model_parallel_size"
+CP = "context_parallel_size"
 
 # Name: (processes, provider's overrides, the layers that each rank must hold or None)
 LAYOUTS = {
     "tp2 with sequence parallelism": (2, {TP: 2, "sequence_parallel": True}, None),
     "expert parallel": (2, {EP: 2}, None),
+    "context parallel": (2, {CP: 2}, None),
     "pipeline": (2, {PP: 2}, [[0, 1, 2], [3, 4, 5, 6, 7]]),
     "virtual pipeline": (2, {PP: 2, VPP: 3}, [[0, 2, 4], [1, 3, 5, 6, 7]]),
     "uneven pipeline": (
@@ -45,6 +47,7 @@ LAYOUTS = {
         None,
     ),
     "tp2 and pp2": (4, {TP: 2, PP: 2, "sequence_parallel": True}, None),
+    "tp2 and cp2": (4, {TP: 2, CP: 2, "sequence_parallel": True}, None),
 }
 
 
@@ -53,7 +56,7 @@ def case(tmp_path_factory):
     config = tiny_config()
     weights = random_weights(config, 21)
     folder = write_hf_folder(tmp_path_factory.mktemp("hf"), config, weights)
-    tokens = random_tokens(1, 2, 3 * WINDOW + 2)
+    tokens = random_tokens(1, 2, 3 * WINDOW)
     _, loss, _ = Reference(config, weights).losses(*tokens)
     return folder, loss.item()
 
