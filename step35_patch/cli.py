@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from step35_patch.config import Step35Config
 
 _PUBLISHED = "step-3.5-flash"
 
@@ -46,30 +51,60 @@ def _parser() -> argparse.ArgumentParser:
         help="show a config layer by layer, with exact parameter and byte counts",
         description="Show what each layer of a config computes, and exact totals. Needs no torch.",
     )
-    inspect.add_argument(
-        "config",
-        metavar="CONFIG",
-        help=f"a config.json, a folder with one, or {_PUBLISHED} for the published model's",
-    )
+    _add_config(inspect)
     inspect.add_argument("--json", action="store_true", help="print everything as JSON")
     inspect.set_defaults(run=_inspect)
+    arguments = commands.add_parser(
+        "args",
+        help="print Megatron's arguments for a config, ready for a launch script",
+        description="Print the arguments of pretrain_gpt.py that describe a config's model.",
+    )
+    _add_config(arguments)
+    arguments.set_defaults(run=_args)
     commands.add_parser(
         "demo", help="train a tiny Step-3.5 on this machine, CPU included", add_help=False
     )
     return parser
 
 
-def _inspect(options: argparse.Namespace) -> int:
-    from step35_patch.config import Step35Config, Step35ConfigError, packaged_config_path
-    from step35_patch.inspect_report import as_json, as_text
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "config",
+        metavar="CONFIG",
+        help=f"a config.json, a folder with one, or {_PUBLISHED} for the published model's",
+    )
 
-    path = options.config
+
+def _config(path: str) -> Step35Config | None:
+    """The config that a command was given; None if it is not usable, which was said then."""
+    from step35_patch.config import Step35Config, Step35ConfigError, packaged_config_path
+
     if path == _PUBLISHED and not os.path.exists(path):
         path = packaged_config_path()
     try:
-        config = Step35Config.from_pretrained(path)
+        return Step35Config.from_pretrained(path)
     except Step35ConfigError as error:
         print(error, file=sys.stderr)
+        return None
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from step35_patch.inspect_report import as_json, as_text
+
+    if (config := _config(options.config)) is None:
         return 1
     print(as_json(config) if options.json else as_text(config))
+    return 0
+
+
+def _args(options: argparse.Namespace) -> int:
+    from step35_patch.arguments import megatron_options
+
+    if (config := _config(options.config)) is None:
+        return 1
+    lines = [
+        option if value is None else f"{option} {shlex.quote(value)}"
+        for option, value in megatron_options(config).items()
+    ]
+    print(" \\\n".join(lines))
     return 0

@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from step35_patch.config_errors import ConfigProblem, Step35ConfigError, found_text
-from step35_patch.config_file import freeze, json_problems, read_json_object
+from step35_patch.config_file import freeze, json_problems, read_json
 from step35_patch.config_spelling import canonical, misspelt_names, unwrap
 from step35_patch.config_types import (
     NESTED_MODELS,
@@ -155,10 +155,15 @@ class Step35Config(StrictModel):
         try:
             self.__pydantic_validator__.validate_python(fields, self_instance=self, context=valid)
         except ValidationError as error:
-            found = [_problem(details, meant) for details in error.errors(include_url=False)]
+            found = [
+                _problem(details, meant)
+                for details in error.errors(include_url=False)
+                # Under another name it is there; why it could not be read is a problem already.
+                if details["type"] != "missing" or details["loc"][0] not in origins
+            ]
             problems += [p for p in found if p.field not in {q.field for q in problems}]
         for name, field in type(self).model_fields.items():
-            if name in fields or field.is_required():
+            if name in fields or name in origins or field.is_required():
                 continue
             if name in meant:
                 problems.append(_misspelt(name, field.description or "this field", meant[name]))
@@ -185,7 +190,7 @@ class Step35Config(StrictModel):
             Step35ConfigError: The file is missing, not a JSON object, or describes a model that
                 this package does not compute. All problems of the file are in it.
         """
-        file, data, problems = read_json_object(path)
+        file, data, problems = read_json(path)
         try:
             config = cls.from_dict(data)
         except Step35ConfigError as error:

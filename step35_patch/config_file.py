@@ -43,18 +43,18 @@ class FrozenDict(dict):
         return self
 
 
-def read_json_object(
+def read_json(
     path: str | os.PathLike[str],
-) -> tuple[Path, dict[str, Any], list[ConfigProblem]]:
+) -> tuple[Path, Any, list[ConfigProblem]]:
     """Read `path`, a config.json or a folder that holds one.
 
     Returns:
-        The file, its object, and the problems that leave it readable: keys given twice, of which
-        the object has the last value.
+        The file, its JSON value, and the problems that leave it readable: keys given twice, of
+        which the value has the last.
 
     Raises:
         Step35ConfigError: The file is missing, unreadable, empty, truncated, not UTF-8, not
-            JSON, nested too deeply or not an object.
+            JSON, or nested too deeply for Python's parser.
     """
     file, content = _read_bytes(path)
 
@@ -89,8 +89,6 @@ def read_json_object(
         fail(f"at most {_DEEPEST_NESTING} levels of nesting", "more")
     except ValueError as error:  # an integer with more digits than Python converts
         fail("valid JSON", str(error))
-    if not isinstance(data, dict):
-        fail(_OBJECT, found_text(data))
     return file, data, repeated
 
 

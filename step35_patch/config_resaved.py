@@ -23,7 +23,8 @@ class Resaved:
 
     Attributes:
         fields: The fields in the published form.
-        origins: For each field that was made here, the name of the one in the file.
+        origins: For each published field that the file has in this form, its name there; also
+            where a problem kept it from being translated.
         problems: What cannot be translated.
     """
 
@@ -46,6 +47,12 @@ class Resaved:
             self._refuse(name, f"either this field or {origin}", f"both {name} and {origin}")
         else:
             self.fields[name], self.origins[name] = value, origin
+
+    def _leave(self, name: str, origin: str) -> None:
+        """Note that the file has `name` as `origin`, so that it is not called missing."""
+        if self.fields.get(name) is None:
+            self.fields.pop(name, None)
+            self.origins[name] = origin
 
     def _refuse(self, field: str, expected: str, found: str) -> None:
         self.problems.append(ConfigProblem(field, expected, found))
@@ -75,6 +82,7 @@ class Resaved:
         else:
             expected = 'a list of "dense" and "sparse", num_hidden_layers of them'
             self._refuse("mlp_layer_types", expected, found_text(kinds))
+            self._leave("moe_layers_enum", "mlp_layer_types")
 
     def _sliding_heads(self) -> None:
         heads = self._take("num_sliding_attention_heads")
@@ -99,7 +107,11 @@ class Resaved:
     def _rope(self) -> None:
         by_type = self._take("rope_parameters")
         types = self.fields.get("layer_types")
-        if by_type is None or not _all_in(types, LAYER_TYPES):
+        if by_type is None:
+            return
+        for name in ("rope_theta", "partial_rotary_factors", "rope_scaling"):
+            self._leave(name, "rope_parameters")
+        if not _all_in(types, LAYER_TYPES):
             return
         used = tuple(dict.fromkeys(types))
         if not isinstance(by_type, Mapping) or not all(

@@ -17,7 +17,9 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from step35_patch import activation, mtp
+from step35_patch import activation, mtp, training_arguments
+from step35_patch.attention import scale_tied_gradients
+from step35_patch.consistency import check_checkpoint, check_ranks_agree
 from step35_patch.runtime import Step35Runtime, check, from_settings, runtime_for
 from step35_patch.specs import decoder_layer_spec, mtp_layer_spec, step35_norm
 from step35_patch.verify import announce, check_model
@@ -143,7 +145,39 @@ def process_mtp_loss(wrapped, instance, args, kwargs):
     if runtime_for(call["config"]) is None:
         return wrapped(*args, **kwargs)
     call["output_layer"] = mtp.by_depth(call["output_layer"])
+    mtp.share_of_the_tokens(call)
     return wrapped(**call)
+
+
+def finalize_model_grads(wrapped, instance, args, kwargs):
+    """The gradients, ready for the optimizer: tied gate rows count once in their norm."""
+    result = wrapped(*args, **kwargs)
+    for chunk in _bind(wrapped, args, kwargs)["model"]:
+        runtime = runtime_for(chunk.config)
+        if runtime is not None and runtime.gate_layout == "expanded":
+            scale_tied_gradients(chunk)
+    return result
+
+
+def parse_args(wrapped, instance, args, kwargs):
+    """Megatron's arguments, with the package's own and the model's shape."""
+    return training_arguments.parse(wrapped, _bind(wrapped, args, kwargs))
+
+
+def initialize_megatron(wrapped, instance, args, kwargs):
+    """Megatron's start, at whose end the ranks know each other and nothing is built yet."""
+    result = wrapped(*args, **kwargs)
+    check_ranks_agree()
+    return result
+
+
+def load_base_checkpoint(wrapped, instance, args, kwargs):
+    """A checkpoint's state; first of all, before any tensor, its arguments are read here."""
+    result = wrapped(*args, **kwargs)
+    state, name = result[0], result[1]
+    if state is not None and state.get("args") is not None:
+        check_checkpoint(state["args"], str(name))
+    return result
 
 
 def core_transformer_config_from_args(wrapped, instance, args, kwargs):

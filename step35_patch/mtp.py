@@ -1,4 +1,4 @@
-"""Each MTP layer's own output matrix.
+"""What the MTP losses of Step-3.5 need: an output matrix for each layer, and means over all tokens.
 
 The published checkpoint has one output matrix for each MTP layer
 (`transformer.shared_head.output.weight`); Megatron-Core computes the MTP logits with the model's
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_token_prediction import roll_tensor
 from torch import Tensor
 
 # The attribute of GPTModel, and so the prefix of the matrices in Megatron checkpoints.
@@ -72,6 +73,54 @@ class OutputLayerByDepth:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._output_layer, name)
+
+
+class ShareOfTheTokens:
+    """Stands for compute_language_model_loss in one call of process_mtp_loss under context
+    parallelism.
+
+    Megatron-Core divides each rank's summed loss by the rank's own number of tokens and averages
+    over the ranks. MTP layer k predicts nothing for a sequence's last k tokens, all of them on
+    one rank, so that its other tokens would count more. Each rank's loss of depth k is weighted
+    by its share of the tokens here, which makes it the mean over all of them.
+
+    Args:
+        loss: Megatron-Core's function: (labels [b, s], logits) -> losses [b, s].
+        loss_mask: [b, s], this rank's part of the sequences, before any token is left out.
+        packed_seq_params: as the model got them.
+        group: the context-parallel group.
+    """
+
+    def __init__(self, loss: Any, loss_mask: Tensor, packed_seq_params: Any, group: Any):
+        self._loss, self._mask = loss, loss_mask
+        self._packed_seq_params, self._group = packed_seq_params, group
+
+    def __call__(self, labels: Tensor, logits: Tensor) -> Tensor:
+        self._mask, own = roll_tensor(
+            self._mask,
+            shifts=-1,
+            dims=-1,
+            cp_group=self._group,
+            packed_seq_params=self._packed_seq_params,
+        )
+        own = own.float()
+        total = own.clone()
+        torch.distributed.all_reduce(total, group=self._group)
+        return self._loss(labels, logits) * (own * self._group.size() / total.clamp(min=1))
+
+
+def share_of_the_tokens(call: dict[str, Any]) -> None:
+    """Weight the losses of a process_mtp_loss call, given by its arguments, as above."""
+    group, labels = call.get("cp_group"), call["labels"]
+    if group is None or group.size() == 1 or labels is None:
+        return
+    mask = call.get("loss_mask")
+    call["compute_language_model_loss"] = ShareOfTheTokens(
+        call["compute_language_model_loss"],
+        torch.ones_like(labels) if mask is None else mask,
+        call.get("packed_seq_params"),
+        group,
+    )
 
 
 def add_output_layers(model: torch.nn.Module) -> None:

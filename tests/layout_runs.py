@@ -1,0 +1,124 @@
+"""Runs of the example training script under torchrun, and what their logs say.
+
+One checkpoint is made first, from which every layout starts: a random start is drawn differently
+under pipeline and expert parallelism.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from reference import tiny_config
+
+from step35_patch.arguments import CPU_ARGUMENTS
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "pretrain_step35.py"
+SEQ_LENGTH, ITERATIONS = 64, 20
+
+_LINE = re.compile(
+    r"iteration +(\d+)/ *\d+ \|.*? lm loss: (\S+) \|(.*?)grad norm: (\S+) \|", re.DOTALL
+)
+_MTP = re.compile(r"mtp_\d+ loss: (\S+)")
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What Megatron logged of one: losses in nats a token, the gradients' norm before clipping."""
+
+    loss: float
+    mtp_losses: tuple[float, ...]
+    grad_norm: float
+
+
+def layout_config() -> dict:
+    """A tiny config that tensor parallelism can divide by four, for byte tokens."""
+    other = {"attention_type": "sliding_attention", "num_attention_heads": 8}
+    return tiny_config(
+        vocab_size=256,
+        pad_token_id=0,
+        hidden_size=32,
+        head_dim=8,
+        num_attention_heads=4,
+        num_attention_groups=4,
+        attention_other_setting=other | {"num_attention_groups": 4, "head_dim": 8},
+        sliding_window=12,
+    )
+
+
+def arguments(iterations: int = ITERATIONS) -> list[str]:
+    """Megatron's arguments of every run; the model's shape comes from the config."""
+    return [
+        *CPU_ARGUMENTS,
+        *f"""
+        --tokenizer-type NullTokenizer --seq-length {SEQ_LENGTH} --num-workers 0
+        --micro-batch-size 2 --global-batch-size 4 --train-iters {iterations}
+        --lr 1e-3 --lr-decay-style constant --weight-decay 0.1 --clip-grad 0.5 --seed 7
+        --moe-router-bias-update-rate 0 --moe-token-dispatcher-type alltoall
+        --eval-iters 0 --eval-interval 1000 --log-interval 1
+        --ckpt-format torch_dist --no-create-attention-mask-in-dataloader
+        """.split(),
+    ]
+
+
+def run(
+    config: Path, *more: str, processes: int = 1, script: Path = SCRIPT, timeout: int = 280
+) -> str:
+    """The output of the script, run to its end.
+
+    Raises:
+        RuntimeError: it did not end with status 0; carries the end of its output.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), str(script), *more]
+    environment = {
+        **{n: v for n, v in os.environ.items() if not n.startswith("STEP35_")},
+        "STEP35_CONFIG": str(config),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=timeout, check=False
+    )
+    output = result.stdout + result.stderr
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{output[-6000:]}")
+    return output
+
+
+def iterations(output: str) -> dict[int, Iteration]:
+    """What was logged, by iteration."""
+    return {
+        int(number): Iteration(
+            float(loss), tuple(float(x) for x in _MTP.findall(rest)), float(norm)
+        )
+        for number, loss, rest, norm in _LINE.findall(output)
+    }
+
+
+def write_config(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    path.write_text(json.dumps(layout_config()))
+    return path
+
+
+def assert_same_training(
+    found: dict[int, Iteration], expected: dict[int, Iteration], tolerance: float = 2e-5
+) -> None:
+    """Losses agree within fp32 rounding at every iteration, gradient norms within the log's digits."""
+    assert sorted(found) == sorted(expected)
+    for number, wanted in expected.items():
+        got = found[number]
+        assert len(got.mtp_losses) == len(wanted.mtp_losses), number
+        pairs = zip((got.loss, *got.mtp_losses), (wanted.loss, *wanted.mtp_losses))
+        for loss, wanted_loss in pairs:
+            assert abs(loss / wanted_loss - 1) < tolerance, (number, got, wanted)
+        assert abs(got.grad_norm - wanted.grad_norm) < 2e-3, (number, got, wanted)

@@ -1,0 +1,152 @@
+"""Training is the same under every parallel layout: the example script, torchrun, gloo.
+
+Each layout starts from one checkpoint and trains 20 iterations on the same data; losses, MTP losses
+and gradient norms are those of the run with one process.
+"""
+
+from __future__ import annotations
+
+import json
+
+import layout_runs
+import pytest
+from layout_runs import ITERATIONS, arguments, assert_same_training, iterations, run
+
+pytestmark = pytest.mark.slow
+# With each Megatron-Core; the others run with the newest only.
+every_version = pytest.mark.megatron
+
+# Name: (processes, arguments)
+LAYOUTS = {
+    "tp2": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "vpp": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3"),
+    "uneven pp": (
+        2,
+        "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 4 "
+        "--decoder-last-pipeline-num-layers 2",
+    ),
+    "no decoder layer on the last stage": (
+        2,
+        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*6|mmL",
+    ),
+    "ep2": (2, "--expert-model-parallel-size 2"),
+    "cp2": (2, "--context-parallel-size 2"),
+    "dp2, distributed optimizer": (2, "--use-distributed-optimizer"),
+    "full recompute": (
+        1,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
+    "selective recompute": (
+        1,
+        "--recompute-granularity selective --recompute-modules core_attn moe mlp",
+    ),
+    "tp4": (4, "--tensor-model-parallel-size 4 --sequence-parallel"),
+    "tp2 ep2 etp1": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
+        "--expert-tensor-parallel-size 1",
+    ),
+    "tp2 pp2": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2",
+    ),
+    "tp2 cp2": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2",
+    ),
+}
+EVERY_VERSION = ("tp2", "pp2")
+
+
+class Start:
+    """The config, the checkpoint that all runs start from, and the run with one process."""
+
+    def __init__(self, folder):
+        self.config = layout_runs.write_config(folder)
+        self.checkpoint = folder / "start"
+        run(
+            self.config,
+            *arguments(iterations=2),
+            *("--save", str(self.checkpoint), "--save-interval", "2"),
+        )
+        self.expected = iterations(run(self.config, *arguments(), *self.load()))
+        assert sorted(self.expected) == list(range(1, ITERATIONS + 1))
+
+    def load(self) -> list[str]:
+        """Arguments that start from the checkpoint's weights, at iteration 0."""
+        return [
+            *("--load", str(self.checkpoint), "--exit-on-missing-checkpoint"),
+            *("--finetune", "--no-load-optim", "--no-load-rng"),
+        ]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return Start(tmp_path_factory.mktemp("start"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[every_version] if n in EVERY_VERSION else []) for n in LAYOUTS]
+)
+def test_layout(start, name):
+    processes, layout = LAYOUTS[name]
+    output = run(start.config, *arguments(), *start.load(), *layout.split(), processes=processes)
+    assert_same_training(iterations(output), start.expected)
+
+
+@every_version
+def test_checkpoint_is_resharded_and_resumed(start, tmp_path):
+    """Saved under TP2, its weights loaded under PP2 and under one process: training goes on alike."""
+    saved = tmp_path / "tp2"
+    tp2 = LAYOUTS["tp2"][1].split()
+    half = ITERATIONS // 2
+    save = ["--save", str(saved), "--save-interval", str(half)]
+    first = iterations(run(start.config, *arguments(), *start.load(), *tp2, *save, processes=2))
+    assert_same_training(first, start.expected)
+    resume = ["--load", str(saved), "--ckpt-step", str(half), "--exit-on-missing-checkpoint"]
+
+    # The same layout: bit for bit, as far as the log shows digits. Megatron logs the mean of the
+    # first two losses at the second iteration after a start.
+    again = iterations(run(start.config, *arguments(), *tp2, *resume, processes=2))
+    assert sorted(again) == list(range(half + 1, ITERATIONS + 1))
+    for number in set(again) - {half + 2}:
+        assert again[number] == first[number]
+
+    # Other layouts: the weights, then a new optimizer; compared with each other.
+    weights = [*resume, "--finetune", "--no-load-optim", "--no-load-rng"]
+    alone = iterations(run(start.config, *arguments(6), *weights))
+    pp2 = LAYOUTS["pp2"][1].split()
+    other = iterations(run(start.config, *arguments(6), *weights, *pp2, processes=2))
+    assert_same_training(other, alone)
+    assert alone[1].loss < 0.98 * start.expected[1].loss
+
+
+def test_checkpoint_of_another_model_is_refused(start, tmp_path):
+    document = json.loads(start.config.read_text())
+    changed = tmp_path / "config.json"
+    changed.write_text(json.dumps(document | {"swiglu_limits": None}))
+    for config, more, message in (
+        (start.config, ["--step35-window", "steptron"], "window: hf in the checkpoint, steptron"),
+        (changed, [], "config fingerprint: "),
+        (start.config, ["--step35-gate-layout", "expanded"], "gate layout: headwise in the"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run(config, *arguments(2), *start.load(), *more)
+
+
+def test_ranks_that_build_different_models_are_named(start, tmp_path):
+    """Rank 1 gets another window, by a wrapper around the script."""
+    script = tmp_path / "different.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    os.environ['STEP35_WINDOW'] = 'steptron'\n"
+        f"sys.argv[0] = {str(layout_runs.SCRIPT)!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    pp2 = LAYOUTS["pp2"][1].split()
+    with pytest.raises(
+        RuntimeError, match="window: hf on rank\\(s\\) 0, steptron on rank\\(s\\) 1"
+    ):
+        run(start.config, *arguments(2), *pp2, processes=2, script=script)
