@@ -290,6 +290,7 @@ def save_hf_weights(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    mtp_from: str | os.PathLike | None = None,
 ) -> None:
     """Write a model's weights as a folder in the published layout.
 
@@ -303,15 +304,21 @@ def save_hf_weights(
         dtype: of the written tensors (router_bias stays fp32); the parameters' own by default.
             config.json names it.
         max_shard_bytes: a file is closed before it would grow past this many bytes.
+        mtp_from: where the model has fewer MTP layers than its config (`mtp_num_layers`): the
+            folder in the published layout, usually the one that was loaded, from which the others
+            are copied as they are.
 
     Raises:
         FileExistsError: `out_dir` exists.
         DriftedGateError: an `expanded` gate's rows have drifted apart.
+        ValueError: `mtp_from` is missing, or is given and there is nothing to copy.
+        CheckpointError: `mtp_from` is not a checkpoint of the model's config.
         OSError: writing failed; nothing is left at `out_dir`.
     """
     chunks = _chunks(model)
     config = chunks[0][1].config
     target = Path(out_dir)
+    untrained = _untrained_mtp_layers(chunks[0][0], config, mtp_from)
     dtype = dtype or next(chunks[0][0].parameters()).dtype
     dtype_name = hf_files.dtype_name(dtype)
     staged, error = _first_rank_does(lambda: hf_files.staging_folder(target))
@@ -321,7 +328,7 @@ def save_hf_weights(
         problem: BaseException | None = None
         weight_map, size = {}, 0
         try:
-            weight_map, size = _write(model, staged, dtype, max_shard_bytes)
+            weight_map, size = _write(model, staged, dtype, max_shard_bytes, untrained)
         except Exception as caught:  # every rank must get to the collective below
             problem = caught
         results = _all_ranks((weight_map, size, problem))
@@ -345,8 +352,33 @@ def save_hf_weights(
         raise
 
 
-def _write(model, staged: Path, dtype: torch.dtype, max_bytes: int) -> tuple[dict[str, str], int]:
-    """Gather this pipeline stage's tensors; the stage's first rank writes them."""
+def _untrained_mtp_layers(model, config, mtp_from) -> dict[str, HfFolder]:
+    """The tensors of MTP layers that the model does not have, and the folder to copy them from."""
+    built = model.config.mtp_num_layers or 0
+    prefixes = tuple(
+        f"model.layers.{config.num_hidden_layers + depth}."
+        for depth in range(built, config.num_nextn_predict_layers)
+    )
+    names = [info.name for info in published_tensors(config) if info.name.startswith(prefixes)]
+    if bool(names) != (mtp_from is not None):
+        raise ValueError(
+            f"mtp_from: the model has {built} of the config's {config.num_nextn_predict_layers} "
+            "MTP layers; expected "
+            + ("a folder to copy the others from, found None" if names else "None")
+        )
+    if not names:
+        return {}
+    folder = HfFolder(mtp_from, published_tensors(config))
+    return dict.fromkeys(names, folder)
+
+
+def _write(
+    model, staged: Path, dtype: torch.dtype, max_bytes: int, untrained: dict[str, HfFolder]
+) -> tuple[dict[str, str], int]:
+    """Gather this pipeline stage's tensors; the stage's first rank writes them.
+
+    The last stage writes the tensors of `untrained` besides.
+    """
     writes = (
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
@@ -358,6 +390,9 @@ def _write(model, staged: Path, dtype: torch.dtype, max_bytes: int) -> tuple[dic
         if writes and not (name == "model.embed_tokens.weight" and stage > 0):
             keeps = name.endswith("moe.router_bias")
             writer.add(name, tensor.float() if keeps else tensor.to(dtype))
+    if writes and parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        for name, folder in untrained.items():
+            writer.add(name, folder.get(name).to(dtype))
     writer.flush()
     return writer.weight_map, writer.bytes
 

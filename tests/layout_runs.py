@@ -67,9 +67,14 @@ def arguments(iterations: int = ITERATIONS) -> list[str]:
 
 
 def run(
-    config: Path, *more: str, processes: int = 1, script: Path = SCRIPT, timeout: int = 280
+    config: Path,
+    *more: str,
+    processes: int = 1,
+    script: Path = SCRIPT,
+    python_path: tuple[Path, ...] = (),
+    timeout: int = 280,
 ) -> str:
-    """The output of the script, run to its end.
+    """The output of a script, run to its end; `python_path` goes before everything else.
 
     Raises:
         RuntimeError: it did not end with status 0; carries the end of its output.
@@ -82,7 +87,17 @@ def run(
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [*map(str, python_path), str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]
+        ),
+        # Megatron-LM makes its dataset helper with the python3 and python3-config of PATH.
+        "PATH": os.pathsep.join(
+            [
+                str(Path(sys.executable).parent),
+                str(Path(sys.base_prefix) / "bin"),
+                os.environ["PATH"],
+            ]
+        ),
     }
     result = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=timeout, check=False

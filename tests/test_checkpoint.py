@@ -184,6 +184,22 @@ def test_broken_folder_is_an_error(case, harm):
     assert expected in str(error.value)
 
 
+@pytest.mark.parametrize("trained", [None, 1])
+def test_mtp_layers_that_are_not_trained_are_kept(case, tmp_path, trained):
+    _, weights, folder = case
+    model = build(folder, mtp_num_layers=trained)
+    assert len(getattr(model, "mtp_output_layers", torch.nn.Module())._modules) == (trained or 0)
+    with pytest.raises(ValueError, match="mtp_from: the model has . of the config's 2 MTP layers"):
+        save_hf_weights(model, tmp_path / "out")
+    with torch.no_grad():
+        model.decoder.final_layernorm.weight += 1
+    save_hf_weights(model, tmp_path / "out", mtp_from=folder)
+    wanted = weights | {"model.norm.weight": weights["model.norm.weight"] + 1}
+    assert_same(read(tmp_path / "out"), wanted)
+    with pytest.raises(ValueError, match="expected None"):
+        save_hf_weights(build(folder), tmp_path / "other", mtp_from=folder)
+
+
 def test_existing_output_is_kept(case, tmp_path):
     model = build(case[2])
     (tmp_path / "out").mkdir()
