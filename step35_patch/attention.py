@@ -8,9 +8,10 @@ and window. Two layouts of the gate are known:
   training, 96 or 64 rows more than q, k and v.
 - `expanded`: Megatron-Core's own `attention_output_gate` layout [q (r * d) | gate (r * d) | k | v],
   in which each head's gate row stands d times. Interchangeable with tools that know only that
-  layout, at the cost of the redundant rows. The gate of a head is the mean over its rows, so
-  that they, equal at first, get equal gradients and stay equal; with Megatron-Core's own gate,
-  where each row gates a channel, they drift apart.
+  layout, at the cost of the redundant rows. With Megatron-Core's own gate, where each row gates
+  a channel, they drift apart in training. Here a head is gated by the first of its rows, which
+  alone is trained, with the gradients, their norm and the steps of the head-wise layout; the
+  others are made equal to it wherever weights leave the model, and must be where they enter it.
 
 Shapes: s sequence, b batch, h hidden size, np / ng heads / query groups of this
 tensor-parallel rank, hn channels a head.
@@ -24,6 +25,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from step35_patch.gate_layout import refuse_drift
 from step35_patch.rope import rotary_pos_emb
 
 
@@ -59,9 +61,9 @@ class Step35SelfAttention(SelfAttention):
         self.headwise_gate = gate_layout == "headwise"
         self.tied_gate = gate_layout == "expanded"
         if self.tied_gate:
-            with torch.no_grad():  # they are drawn differently
-                rows = self.tied_gate_rows(self.linear_qkv.weight)
-                rows.copy_(rows[:, :, :1].clone().expand_as(rows))
+            self.tie_gate_rows()  # they are drawn differently
+            self.register_state_dict_pre_hook(lambda module, *_: module.tie_gate_rows())
+            self.register_load_state_dict_post_hook(lambda module, _: module.check_gate_rows())
 
     def tied_gate_rows(self, tensor: Tensor) -> Tensor:
         """The gate rows of the `expanded` linear_qkv weight, or of its gradient, as a view.
@@ -76,6 +78,27 @@ class Step35SelfAttention(SelfAttention):
         heads = self.num_attention_heads_per_partition // groups
         by_head = tensor.view(groups, 2 * heads + 2, self.hidden_size_per_attention_head, -1)
         return by_head[:, heads : 2 * heads]
+
+    def tie_gate_rows(self) -> None:
+        """Copy the first row of each head of an `expanded` gate to its others."""
+        # Through .data: micro-batches in flight hold the weight, and none uses the other rows.
+        rows = self.tied_gate_rows(self.linear_qkv.weight.data)
+        rows.copy_(rows[:, :, :1].clone().expand_as(rows))
+
+    def check_gate_rows(self) -> None:
+        """Refuse weights of an `expanded` gate whose rows of a head differ.
+
+        Raises:
+            DriftedGateError: they were trained with Megatron-Core's own gate.
+        """
+        rows = self.tied_gate_rows(self.linear_qkv.weight.data)
+        refuse_drift(rows, f"layer {self.config.step35_layer.index}: linear_qkv")
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """As Megatron-Core's, with tied gate rows."""
+        if self.tied_gate:
+            self.tie_gate_rows()
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 
     def forward(
         self,
@@ -154,27 +177,6 @@ class Step35SelfAttention(SelfAttention):
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
         """x: [s, b, np * hn]; gate: logits as above; multiplies each head by its sigmoid."""
         if not self.headwise_gate:
-            gate = gate.float().mean(dim=-1)
+            gate = gate[..., 0]
         heads = x.view(*gate.shape, self.hidden_size_per_attention_head)
         return (heads * torch.sigmoid(gate.float()).unsqueeze(-1)).to(x.dtype).view(x.shape)
-
-
-def scale_tied_gradients(model: torch.nn.Module) -> None:
-    """Give the tied gate rows of an `expanded` model the gradients' norm of the head-wise layout.
-
-    With G the gradient of a row of g_proj, each of the d rows in its place has G / d; scaled by
-    sqrt(d) they have the squared norm of G together. Clipping by the norm is then that of the
-    head-wise layout, and so are Adam's steps, which do not depend on a gradient's scale.
-
-    Args:
-        model: a model chunk, whose accumulated gradients (`main_grad`, or `grad` without
-            Megatron-Core's DistributedDataParallel) are scaled in place. Other layouts stay.
-    """
-    for module in model.modules():
-        if isinstance(module, Step35SelfAttention) and module.tied_gate:
-            weight = module.linear_qkv.weight
-            gradient = getattr(weight, "main_grad", None)
-            gradient = weight.grad if gradient is None else gradient
-            if gradient is not None:
-                rows = module.tied_gate_rows(gradient)
-                rows.mul_(rows.shape[2] ** 0.5)

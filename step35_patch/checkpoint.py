@@ -149,7 +149,8 @@ class _ModelMap:
         return _Entry(parameter, load, save)
 
     def _qkv(self, layer: Step35DecoderLayer, prefix: str) -> _Entry:
-        parameter, plan = layer.self_attention.linear_qkv.weight, layer.plan
+        attention, plan = layer.self_attention, layer.plan
+        parameter = attention.linear_qkv.weight
         letters = "qkvg" if self.gate_layout else "qkv"
         names = [f"{prefix}{letter}_proj.weight" for letter in letters]
 
@@ -159,6 +160,8 @@ class _ModelMap:
             return _share(whole, 0, self.rank, self.size)
 
         def save() -> Iterator[tuple[str, Tensor]]:
+            if attention.tied_gate:
+                attention.tie_gate_rows()
             whole = _gather(parameter, 0, self.tp)
             yield from zip(names, unpack_qkv(whole, plan, self.gate_layout, prefix + "linear_qkv"))
 
@@ -310,7 +313,6 @@ def save_hf_weights(
 
     Raises:
         FileExistsError: `out_dir` exists.
-        DriftedGateError: an `expanded` gate's rows have drifted apart.
         ValueError: `mtp_from` is missing, or is given and there is nothing to copy.
         CheckpointError: `mtp_from` is not a checkpoint of the model's config.
         OSError: writing failed; nothing is left at `out_dir`.

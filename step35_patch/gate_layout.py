@@ -63,11 +63,21 @@ def unpack_qkv(
     if gate_layout is None:
         return q, k, v, None
     by_head = g.reshape(plan.num_attention_heads, rows, hidden)
-    drift = (by_head - by_head[:, :1]).abs().amax().item()
+    refuse_drift(by_head, name)
+    return q, k, v, by_head[:, 0]
+
+
+def refuse_drift(rows: Tensor, name: str) -> None:
+    """Raise DriftedGateError unless the rows that stand for one row of g_proj are equal.
+
+    Args:
+        rows: [..., rows of a head, h].
+        name: the weight's name, for messages.
+    """
+    drift = (rows - rows[..., :1, :]).abs().max().item()
     if drift:
         raise DriftedGateError(
-            f"{name}: the {rows} gate rows of a head differ by up to {drift:.3g}, expected equal "
-            "rows; a model trained in the expanded layout can't be written as a g_proj. Train "
-            "with gate_layout='headwise'."
+            f"{name}: the {rows.shape[-2]} gate rows of a head differ by up to {drift:.3g}, "
+            "expected equal rows; trained with Megatron-Core's own gate they are no g_proj any more, "
+            "and can't be used as one. Train with gate_layout='headwise', or 'expanded' here."
         )
-    return q, k, v, by_head[:, 0]

@@ -18,7 +18,6 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from step35_patch import activation, mtp, training_arguments
-from step35_patch.attention import scale_tied_gradients
 from step35_patch.consistency import check_checkpoint, check_ranks_agree
 from step35_patch.runtime import Step35Runtime, check, from_settings, runtime_for
 from step35_patch.specs import decoder_layer_spec, mtp_layer_spec, step35_norm
@@ -147,16 +146,6 @@ def process_mtp_loss(wrapped, instance, args, kwargs):
     call["output_layer"] = mtp.by_depth(call["output_layer"])
     mtp.share_of_the_tokens(call)
     return wrapped(**call)
-
-
-def finalize_model_grads(wrapped, instance, args, kwargs):
-    """The gradients, ready for the optimizer: tied gate rows count once in their norm."""
-    result = wrapped(*args, **kwargs)
-    for chunk in _bind(wrapped, args, kwargs)["model"]:
-        runtime = runtime_for(chunk.config)
-        if runtime is not None and runtime.gate_layout == "expanded":
-            scale_tied_gradients(chunk)
-    return result
 
 
 def parse_args(wrapped, instance, args, kwargs):

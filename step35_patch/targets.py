@@ -42,13 +42,6 @@ TARGETS = (
     # The built model: its check, and the MTP layers' own output matrices.
     Target(_GPT_MODEL, "GPTModel.__init__", wrapper="gpt_model_init"),
     Target(_GPT_MODEL, "process_mtp_loss", wrapper="process_mtp_loss"),
-    # The gradients of the expanded gate's tied rows. (The package has the function under the
-    # module's name, too.)
-    Target(
-        "megatron.core.distributed.finalize_model_grads",
-        "finalize_model_grads",
-        wrapper="finalize_model_grads",
-    ),
     # 0.18 moved its definition to megatron.training.argument_utils; this name is in all versions.
     Target(
         "megatron.training.arguments",

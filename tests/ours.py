@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from step35_patch import Step35ModelProvider
-from step35_patch.attention import Step35SelfAttention
 from step35_patch.checkpoint import load_hf_weights, published_tensors_of
 
 
@@ -49,11 +48,6 @@ def run(
 
 def published_gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The parameters' gradients in the published names, by way of the package's own export map."""
-    for module in model.modules():
-        if isinstance(module, Step35SelfAttention) and module.tied_gate:
-            # Each of the d rows that stand for one of g_proj has the d-th part of its gradient.
-            gate = module.tied_gate_rows(module.linear_qkv.weight.grad)
-            gate.mul_(gate.shape[2])
     parameters = [p for p in model.parameters() if p.grad is not None]
     with torch.no_grad():
         for parameter in parameters:

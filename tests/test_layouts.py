@@ -97,7 +97,7 @@ def test_layout(start, name):
 
 @every_version
 def test_checkpoint_is_resharded_and_resumed(start, tmp_path):
-    """Saved under TP2, its weights loaded under PP2 and under one process: training goes on alike."""
+    """Saved under TP2, loaded under TP2, PP2 and by one process: training goes on alike."""
     saved = tmp_path / "tp2"
     tp2 = LAYOUTS["tp2"][1].split()
     half = ITERATIONS // 2
@@ -113,13 +113,28 @@ def test_checkpoint_is_resharded_and_resumed(start, tmp_path):
     for number in set(again) - {half + 2}:
         assert again[number] == first[number]
 
-    # Other layouts: the weights, then a new optimizer; compared with each other.
-    weights = [*resume, "--finetune", "--no-load-optim", "--no-load-rng"]
+    # Other layouts, optimizer's state included.
+    rest = {n: it for n, it in start.expected.items() if n > half and n != half + 2}
+    for processes, layout in ((1, ""), LAYOUTS["pp2"]):
+        other = iterations(
+            run(start.config, *arguments(), *layout.split(), *resume, processes=processes)
+        )
+        del other[half + 2]
+        assert_same_training(other, rest)
+
+
+def test_expanded_gate_is_saved_and_resharded(start, tmp_path):
+    saved = tmp_path / "expanded"
+    expanded = ["--step35-gate-layout", "expanded"]
+    save = ["--save", str(saved), "--save-interval", "4"]
+    run(start.config, *arguments(4), *expanded, *save)
+    weights = ["--load", str(saved), "--finetune", "--no-load-optim", "--no-load-rng"]
+    weights += [*expanded, "--exit-on-missing-checkpoint"]
     alone = iterations(run(start.config, *arguments(6), *weights))
-    pp2 = LAYOUTS["pp2"][1].split()
-    other = iterations(run(start.config, *arguments(6), *weights, *pp2, processes=2))
-    assert_same_training(other, alone)
-    assert alone[1].loss < 0.98 * start.expected[1].loss
+    tp2 = iterations(
+        run(start.config, *arguments(6), *weights, *LAYOUTS["tp2"][1].split(), processes=2)
+    )
+    assert_same_training(tp2, alone)
 
 
 def test_checkpoint_of_another_model_is_refused(start, tmp_path):

@@ -1,0 +1,115 @@
+"""A training of 200 iterations, ours against transformers' Step3p7 with torch's AdamW.
+
+    python benchmarks/training_curve.py
+
+Runs `train_ours` and `train_reference` of tests/training_curve.py (the setting is described there)
+and writes results/training_curve.csv and results/training_curve.png: both losses, those of the MTP
+layers, and the largest relative difference of any of them, by iteration.
+
+It covers a tiny model with every feature of Step-3.5 in fp32 on the CPU, Megatron-Core's optimizer,
+clipping and MTP losses. It says nothing about speed, about other precisions, or about the size at
+which the published model is trained. tests/test_training_curve.py holds the curves to 1e-3.
+"""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import platform
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
+
+STEPS = 200
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        from step35_patch import cpu
+
+        cpu.install()
+    torch.set_num_threads(1)  # matrices this small are not worth sharing
+
+    from training_curve import differences, train_ours, train_reference, write_folder
+
+    with tempfile.TemporaryDirectory() as folder:
+        hf_folder, config, weights = write_folder(Path(folder, "hf"))
+        _, ours = train_ours(hf_folder, STEPS)
+        theirs = train_reference(config, weights, STEPS)
+    apart = differences(ours, theirs)
+    _write_csv(HERE / "results" / "training_curve.csv", ours, theirs, apart)
+    _plot(HERE / "results" / "training_curve.png", ours, theirs, apart)
+    print(f"loss {ours[0].loss:.3f} -> {ours[-1].loss:.3f}, largest difference {max(apart):.2g}")
+
+
+def _versions() -> str:
+    import megatron.core
+    import transformers
+
+    import step35_patch
+
+    return (
+        f"step35_patch {step35_patch.__version__}, Megatron-Core {megatron.core.__version__}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, fp32, CPU "
+        f"({platform.machine()}), {datetime.date.today()}"
+    )
+
+
+def _write_csv(path: Path, ours, theirs, apart) -> None:
+    depths = range(1, len(ours[0].mtp_losses) + 1)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([f"# {_versions()}"])
+        writer.writerow(
+            ["iteration", "loss", "reference_loss"]
+            + [f"{whose}mtp_{depth}_loss" for depth in depths for whose in ("", "reference_")]
+            + ["largest_relative_difference"]
+        )
+        for step, (a, b, difference) in enumerate(zip(ours, theirs, apart), start=1):
+            mtp = [x for pair in zip(a.mtp_losses, b.mtp_losses) for x in pair]
+            numbers = [f"{x:.6f}" for x in (a.loss, b.loss, *mtp)]
+            writer.writerow([step, *numbers, f"{difference:.3g}"])
+
+
+def _plot(path: Path, ours, theirs, apart) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (losses, relative) = pyplot.subplots(
+        2, 1, sharex=True, figsize=(8, 7), height_ratios=[2, 1]
+    )
+    steps = range(1, len(ours) + 1)
+    lines = [("loss", [s.loss for s in ours], [s.loss for s in theirs])]
+    for depth in range(len(ours[0].mtp_losses)):
+        lines.append(
+            (
+                f"MTP layer {depth + 1}",
+                [s.mtp_losses[depth] for s in ours],
+                [s.mtp_losses[depth] for s in theirs],
+            )
+        )
+    for colour, (name, found, wanted) in enumerate(lines):
+        losses.plot(steps, wanted, color=f"C{colour}", lw=4, alpha=0.35, label=f"{name}, reference")
+        losses.plot(steps, found, color=f"C{colour}", lw=1, label=f"{name}, step35_patch")
+    losses.set_ylabel("cross entropy (nats a token)")
+    losses.set_title("A tiny Step-3.5, trained by Megatron-Core and by transformers + torch AdamW")
+    losses.legend(ncols=len(lines), fontsize=8)
+    relative.semilogy(steps, apart, color="C3", lw=1)
+    relative.axhline(1e-3, color="grey", ls="--", lw=1, label="held by the test")
+    relative.set_ylabel("largest relative difference")
+    relative.set_xlabel("iteration")
+    relative.legend(fontsize=8)
+    figure.text(0.5, 0.005, _versions(), ha="center", fontsize=7)
+    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
