@@ -46,7 +46,10 @@ def main() -> None:
         runpy.run_module(program, run_name="__main__", alter_sys=True)
         return
     if not sys.flags.safe_path:  # else there is no entry for the script's folder
-        sys.path[0] = os.path.dirname(os.path.realpath(program))
+        working_folder, sys.path[0] = sys.path[0], os.path.dirname(os.path.realpath(program))
+        if working_folder == os.path.dirname(os.path.dirname(os.path.abspath(__file__))):
+            # A checkout that is not installed: spawned processes, too, have to find the package.
+            sys.path.append(working_folder)
     runpy.run_path(program, run_name="__main__")
 
 

@@ -11,6 +11,7 @@ first one must not go on unpatched. wrapt's hooks fire once, so a hook that rais
 out of sys.modules and registers itself again.
 """
 
+import contextlib
 import importlib
 import os
 import sys
@@ -310,6 +311,9 @@ def is_tested(version: str) -> bool:
 
 
 def _check_version(module: str) -> None:
+    # A target may be imported by megatron.core before this is.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("megatron.core.package_info")
     version = megatron_version()
     if version is not None and is_tested(version):
         return

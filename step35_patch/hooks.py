@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt import gpt_layer_specs
@@ -17,7 +18,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from step35_patch import activation, mtp, training_arguments
+from step35_patch import activation, mtp, reports, training_arguments
 from step35_patch.consistency import check_checkpoint, check_ranks_agree
 from step35_patch.runtime import Step35Runtime, check, from_settings, runtime_for
 from step35_patch.specs import decoder_layer_spec, mtp_layer_spec, step35_norm
@@ -167,6 +168,35 @@ def load_base_checkpoint(wrapped, instance, args, kwargs):
     if state is not None and state.get("args") is not None:
         check_checkpoint(state["args"], str(name))
     return result
+
+
+def _reported(wrapped, args, kwargs, report):
+    """Megatron's number, or for a run of a Step-3.5 model that of `report`."""
+    settings = activation.active()
+    if settings is None:
+        return wrapped(*args, **kwargs)
+    return report(from_settings(settings), **_bind(wrapped, args, kwargs))
+
+
+def num_floating_point_operations(wrapped, instance, args, kwargs):
+    """Operations of a batch, from which Megatron prints TFLOP/s."""
+    return _reported(wrapped, args, kwargs, reports.num_floating_point_operations)
+
+
+def compute_weight_and_optimizer_memory(wrapped, instance, args, kwargs):
+    """The first part of Megatron's theoretical memory report."""
+    return _reported(wrapped, args, kwargs, reports.compute_weight_and_optimizer_memory)
+
+
+def compute_activation_memory(wrapped, instance, args, kwargs):
+    """The second part of it, under sequence parallelism."""
+    return _reported(wrapped, args, kwargs, reports.compute_activation_memory)
+
+
+def compute_activation_memory_without_sp(wrapped, instance, args, kwargs):
+    """The second part of it otherwise."""
+    report = partial(reports.compute_activation_memory, sequence_parallel=False)
+    return _reported(wrapped, args, kwargs, report)
 
 
 def core_transformer_config_from_args(wrapped, instance, args, kwargs):

@@ -49,6 +49,20 @@ TARGETS = (
         wrapper="core_transformer_config_from_args",
     ),
     Target("megatron.training.arguments", "parse_args", wrapper="parse_args"),
+    # What Megatron prints of operations and memory.
+    Target(
+        "megatron.training.training",
+        "num_floating_point_operations",
+        wrapper="num_floating_point_operations",
+    ),
+    *(
+        Target("megatron.training.theoretical_memory_usage", name, wrapper=name)
+        for name in (
+            "compute_weight_and_optimizer_memory",
+            "compute_activation_memory",
+            "compute_activation_memory_without_sp",
+        )
+    ),
     Target("megatron.training.initialize", "initialize_megatron", wrapper="initialize_megatron"),
     Target(
         "megatron.training.checkpointing",

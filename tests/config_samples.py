@@ -62,6 +62,30 @@ def tiny(**changes):
     return data | changes
 
 
+def resaved():
+    """The tiny config as transformers saves it; its MTP layers are full ones."""
+    data = tiny()
+    for name in ("rope_theta", "partial_rotary_factors", "moe_layers_enum"):
+        del data[name]
+    del data["attention_other_setting"]
+    scaling = data.pop("rope_scaling")
+    sliding = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    return data | {
+        "layer_types": data["layer_types"][:6],
+        "mtp_layer_types": [FULL] * 2,
+        "swiglu_limits": data["swiglu_limits"][:6],
+        "swiglu_limits_shared": data["swiglu_limits_shared"][:6],
+        "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 4,
+        "mtp_mlp_layer_types": ["dense"] * 2,
+        "num_sliding_attention_heads": 6,
+        "per_layer_config": {f"0{index}": {"num_attention_heads": 6} for index in (1, 2, 4, 5)},
+        "rope_parameters": {
+            FULL: {**scaling, "rope_theta": 5e4, "partial_rotary_factor": 0.5},
+            SLIDING: sliding,
+        },
+    }
+
+
 def edited(data, path, value):
     """`data` with the entry at `path` ("a.b", "a.3") replaced, or removed if `value` is ..."""
     data = copy.deepcopy(data)

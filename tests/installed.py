@@ -69,13 +69,15 @@ class Installed:
         version = f"python{sysconfig.get_python_version()}"
         self.site_packages = folder / "lib" / version / "site-packages"
 
-    def run(self, *arguments: object, **variables: object) -> subprocess.CompletedProcess:
-        """The interpreter with `arguments`, in the environment's folder, with variables set."""
+    def run(
+        self, *arguments: object, cwd: Path | None = None, **variables: object
+    ) -> subprocess.CompletedProcess:
+        """The interpreter with `arguments`, in `cwd` or its own folder, with variables set."""
         return subprocess.run(
             [str(self.python), *map(str, arguments)],
             capture_output=True,
             text=True,
-            cwd=self.folder,
+            cwd=cwd or self.folder,
             env=environment(**variables),
             stdin=subprocess.DEVNULL,
             timeout=300,

@@ -7,7 +7,7 @@ import json
 import textwrap
 
 import pytest
-from installed import PUBLISHED, Installed, new_environment, wheel_environment
+from installed import PUBLISHED, ROOT, Installed, new_environment, wheel_environment
 
 megatron = pytest.mark.megatron
 
@@ -376,9 +376,10 @@ def test_a_broken_config_stops_the_program(installed, script, broken_config, by_
 @megatron
 def test_an_untested_megatron_is_refused_at_every_attempt(installed, script):
     program = script("""
-        import os, warnings
-        import megatron.core.package_info
-        megatron.core.package_info.__version__ = "0.20.1"
+        import os, warnings, wrapt
+        wrapt.register_post_import_hook(
+            lambda module: setattr(module, "__version__", "0.20.1"), "megatron.core.package_info"
+        )
         import step35_patch
 
         for attempt in range(3):
@@ -499,7 +500,7 @@ def test_launcher_without_a_script(installed, arguments, words):
 def test_launched_script_can_spawn_and_start_patched_processes(installed, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent("""
-            import multiprocessing, subprocess, sys
+            import concurrent.futures, multiprocessing, subprocess, sys
 
             STATE = "import sys; print('step35_patch' in sys.modules)"
 
@@ -508,13 +509,29 @@ def test_launched_script_can_spawn_and_start_patched_processes(installed, tmp_pa
 
             if __name__ == "__main__":
                 print("main runs")
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    print(*pool.map(child, [7]))
+                spawn = multiprocessing.get_context("spawn")
+                with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                    print(pool.submit(child, 7).result())
                 sys.stdout.flush()
                 subprocess.run([sys.executable, "-c", STATE], check=True)
             """))
     output = installed.check("-m", "step35_patch", program)
     assert output.splitlines() == ["main runs", "('__mp_main__', 'inert', 7)", "True"]
+
+
+def test_launcher_in_a_checkout_that_is_not_installed(without_package, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent("""
+            import concurrent.futures, multiprocessing
+
+            if __name__ == "__main__":
+                import step35_patch
+                spawn = multiprocessing.get_context("spawn")
+                with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+                    print(pool.submit(step35_patch.status).result().state)
+            """))
+    done = without_package.run("-m", "step35_patch", program, cwd=ROOT)
+    assert done.stdout == "inert\n", done.stderr
 
 
 def test_launcher_says_when_children_stay_unpatched(installed, tmp_path):

@@ -4,9 +4,10 @@ import copy
 import json
 import pickle
 import random
+import warnings
 
 import pytest
-from config_samples import FULL, PER_LAYER, SLIDING, edited, problems_of, published, tiny
+from config_samples import FULL, PER_LAYER, SLIDING, edited, problems_of, published, resaved, tiny
 
 from step35_patch.config import Step35Config, Step35ConfigError, packaged_config_path
 from step35_patch.plan import LayerPlan, RopeScaling
@@ -80,6 +81,18 @@ def test_what_transformers_saves_of_it_is_the_same_model():
         assert Step35Config.from_dict(data).fingerprint == config.fingerprint
 
 
+def test_the_saved_form_keeps_the_types_of_mtp_layers():
+    full = Step35Config.from_dict(resaved()).layers
+    types = [*tiny()["layer_types"][:6], FULL, FULL]
+    expected = tiny(
+        layer_types=types,
+        rope_theta=[5e4 if kind == FULL else 1e4 for kind in types],
+        partial_rotary_factors=[0.5 if kind == FULL else 1.0 for kind in types],
+    )
+    assert full == Step35Config.from_dict(expected).layers
+    assert [plan.attention_type for plan in full[6:]] == [FULL] * 2
+
+
 # --- spellings --------------------------------------------------------------------------------
 
 
@@ -139,6 +152,11 @@ def test_the_older_key_of_the_scaling_type():
     scaling = {("type" if k == "rope_type" else k): v for k, v in tiny()["rope_scaling"].items()}
     data = tiny(rope_scaling=scaling)
     assert Step35Config.from_dict(data).layers == Step35Config.from_dict(tiny()).layers
+
+
+def test_no_layers_without_rope_may_be_null():
+    expected = Step35Config.from_dict(tiny()).layers
+    assert Step35Config.from_dict(tiny(use_rope_layers=None)).layers == expected
 
 
 @pytest.mark.parametrize("enum", ["2,3,4,5", " 2, 3 ,4,5", [5, 4, 3, 2], (2, 3, 4, 5)])
@@ -271,6 +289,13 @@ def test_a_changed_copy_is_checked():
     assert config.model_copy(update={"sliding_window": 3}).layers[1].window_size == (2, 0)
     with pytest.raises(Step35ConfigError, match="sliding_window"):
         config.model_copy(update={"sliding_window": 0})
+
+
+def test_what_pydantic_dumps_is_the_same_model():
+    config = Step35Config.from_dict(published())
+    with warnings.catch_warnings(action="error"):
+        for data in (config.model_dump(), json.loads(config.model_dump_json())):
+            assert Step35Config.from_dict(data).fingerprint == config.fingerprint
 
 
 def test_the_fingerprint_is_that_of_the_computation():

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from config_samples import FULL, PER_LAYER, SLIDING, edited, problems_of, published, tiny
+from config_samples import FULL, PER_LAYER, SLIDING, edited, problems_of, published, resaved, tiny
 
 from step35_patch.config import Step35Config, Step35ConfigError
 
@@ -19,6 +19,8 @@ WRONG = [
     ("num_hidden_layers", 45.0, "num_hidden_layers", "an integer", "45.0", ""),
     ("num_hidden_layers", 10**9, "num_hidden_layers", "9999", "1000000000", ""),
     ("num_nextn_predict_layers", -1, "num_nextn_predict_layers", "0 to 9999", "-1", ""),
+    ("num_nextn_predict_layers", 10**9, "num_nextn_predict_layers", "9999", "1000000000", ""),
+    ("head_dim", 10**400, "head_dim", "64 bits", "larger", ""),
     ("hidden_size", True, "hidden_size", "a positive integer", "true", ""),
     ("hidden_size", 0, "hidden_size", "a positive integer", "0", ""),
     ("hidden_size", 2**63, "hidden_size", "64 bits", "larger", ""),
@@ -35,6 +37,7 @@ WRONG = [
     ("layer_types.3", "sliding_atention", "layer_types[3]", FULL, "atention", f'"{SLIDING}"?'),
     ("layer_types.4", "full", "layer_types[4]", SLIDING, '"full"', f'"{FULL}"?'),
     ("layer_types.4", "Full_Attention", "layer_types[4]", FULL, "Full_At", f'"{FULL}"?'),
+    ("layer_types.4", "FULL_ATTENTION", "layer_types[4]", FULL, "FULL_A", f'"{FULL}"?'),
     ("layer_types.0", 7, "layer_types[0]", FULL, "7", ""),
     ("layer_types", [FULL] * 44, "layer_types", "a list of 45", "a list of 44", "3 MTP layers"),
     ("layer_types", [FULL] * 47, "layer_types", "45 (num_hidden_layers) or 48", "of 47", ""),
@@ -101,6 +104,7 @@ WRONG = [
     ("rope_theta", "1e4", "rope_theta", "a positive, finite number", '"1e4"', ""),
     ("rope_theta", 0, "rope_theta", "a positive, finite number", "0", ""),
     ("rope_theta", [1e4] * 46, "rope_theta", "a list of 45", "a list of 46", ""),
+    ("rope_theta", [1e4, 2e4, 3e4], "rope_theta", "a list of 45", "a list of 3", ""),
     ("rope_theta.7", -1e4, "rope_theta[7]", "a positive, finite number", "-10000.0", ""),
     ("rope_theta.7", float("inf"), "rope_theta[7]", "a finite number", "Infinity", ""),
     ("rope_theta.7", False, "rope_theta[7]", "a positive, finite number", "false", ""),
@@ -273,6 +277,52 @@ def test_a_misspelt_name_is_not_an_unknown_field(right, wrong):
     assert Step35Config.from_dict({**data, right: data[wrong]}).to_dict()[wrong] == data[wrong]
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "field", "expected"),
+    [
+        ("yarn_only_types", [FULL, SLIDING], "yarn_only_types", f'["{FULL}"], as in rope_param'),
+        ("yarn_only_types", [FULL, FULL], "yarn_only_types", f'["{FULL}"], as in rope_param'),
+        ("per_layer_config.02.num_attention_heads", 4, "per_layer_config", "each sliding layer"),
+        ("per_layer_config.02", ..., "per_layer_config", "each sliding layer"),
+        ("mtp_layer_types.0", "ful", "layer_types[6]", FULL),
+        ("mtp_layer_types", "full", "mtp_layer_types", "a list of layer types"),
+        ("num_sliding_attention_heads", 5, "attention_other_setting.num_attention_heads", "(2)"),
+        ("mlp_layer_types.0", "moe", "mlp_layer_types", '"sparse"'),
+        ("mtp_mlp_layer_types.1", "sparse", "mtp_mlp_layer_types", '"dense"'),
+        ("layer_types.2", "slide", "layer_types[2]", SLIDING),
+        (f"rope_parameters.{SLIDING}", ..., "rope_parameters", f"{FULL} and {SLIDING}"),
+        (f"rope_parameters.{SLIDING}.rope_theta", 0, "rope_theta[1-2,4-5]", "positive"),
+        (f"rope_parameters.{FULL}.factor", 0, "rope_scaling.factor", "at least 1"),
+        (f"rope_parameters.{FULL}.rope_type", "yarn", "rope_scaling.rope_type", '"llama3"'),
+    ],
+)
+def test_one_wrong_field_of_the_saved_form(path, value, field, expected):
+    data = resaved()
+    *parents, last = path.split(".")
+    target = data
+    for part in parents:
+        target = target[part]
+    if value is ...:
+        del target[last]
+    elif isinstance(target, list):
+        target[int(last)] = value
+    else:
+        target[last] = value
+    if path.startswith("num_sliding"):
+        del data["per_layer_config"]
+    (problem,) = problems_of(data)
+    assert problem.field == field and expected in problem.expected
+
+
+def test_the_saved_form_has_one_scaling():
+    data = resaved()
+    scaled = data["rope_parameters"][FULL]
+    data["rope_parameters"][SLIDING] = {**scaled, "rope_theta": 1e4, "factor": 4.0}
+    data["yarn_only_types"] = None
+    (problem,) = problems_of(data)
+    assert (problem.field, problem.expected[:11]) == ("rope_parameters", "one scaling")
+
+
 def test_lists_for_mtp_layers_that_are_not_counted():
     for count in (0, ...):
         data = edited(tiny(), "num_nextn_predict_layers", count)
@@ -357,6 +407,7 @@ NO_CONFIGS = {
     "null": (b"null", "expected a JSON object"),
     "number": (b"48", "expected a JSON object"),
     "deep_lists": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "levels of nesting"),
+    "deeper_objects": (b'{"a":' * 900 + b"1" + b"}" * 900, "levels of nesting"),
     "deep_objects": (b'{"a":' * 300 + b"1" + b"}" * 300, "levels of nesting"),
     "long_integer": (b'{"hidden_size": ' + b"9" * 5000 + b"}", "expected valid JSON"),
     "large": (b" " * (2**24 + 1) + TEXT.encode(), "16777216 bytes"),
@@ -391,6 +442,23 @@ def test_keys_given_twice_are_reported_with_everything_else(tmp_path):
         Step35Config.from_pretrained(file)
     found = {problem.field: problem.found for problem in caught.value.problems}
     assert found == {"head_dim": "8 and 16", "factor": "2.0 and 2.0", "sink": "true"}
+
+
+def test_a_key_that_is_no_name_stays_on_one_line(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"a\\n\\ud800": 1, "a\\n\\ud800": 2}')
+    with pytest.raises(Step35ConfigError) as caught:
+        Step35Config.from_pretrained(file)
+    assert caught.value.problems[0].field == '"a\\n\\ud800"'
+    assert len(str(caught.value).splitlines()) == 1 + len(caught.value.problems)
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    assert Step35Config.from_pretrained(".")
+    with pytest.raises(Step35ConfigError, match="no such file"):
+        Step35Config.from_pretrained("")
 
 
 def test_a_path_without_a_config(tmp_path):
