@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from step35_patch.arguments import CPU_ARGUMENTS, megatron_arguments
+from step35_patch.arguments import CPU_ARGUMENTS
 from step35_patch.config import Step35Config, packaged_config_path
 from step35_patch.inventory import published_tensors
 
@@ -123,7 +123,7 @@ def _demo(folder: Path, iterations: int, verbose: bool) -> None:
     checkpoints = folder / "checkpoints"
     log = folder / "megatron.log"
     saved_at = iterations * 2 // 3
-    command = _command(config, iterations)
+    command = _command(iterations)
     saving = [*command, "--save", str(checkpoints), "--save-interval", str(saved_at)]
     loading = [*command, "--load", str(checkpoints), "--ckpt-step", str(saved_at)]
     loading.append("--exit-on-missing-checkpoint")
@@ -215,7 +215,7 @@ def _describe(config: Step35Config) -> str:
     )
 
 
-def _command(config: Step35Config, iterations: int) -> list[str]:
+def _command(iterations: int) -> list[str]:
     training = f"""
         --tokenizer-type NullTokenizer --seq-length {SEQUENCE_LENGTH}
         --micro-batch-size 8 --global-batch-size 8 --num-workers 0
@@ -226,7 +226,6 @@ def _command(config: Step35Config, iterations: int) -> list[str]:
     """
     return [
         *(sys.executable, "-m", "step35_patch", str(example_script())),
-        *megatron_arguments(config),
         *CPU_ARGUMENTS,
         *training.split(),
     ]

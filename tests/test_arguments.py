@@ -1,12 +1,14 @@
 """The arguments for a config, held against the parsers of the installed Megatron-Core."""
 
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
 
 from step35_patch.arguments import CPU_ARGUMENTS, megatron_arguments
+from step35_patch.cli import main
 from step35_patch.config import Step35Config, packaged_config_path
 
 pytestmark = pytest.mark.megatron
@@ -96,3 +98,15 @@ def test_without_moe_and_mtp_their_arguments_are_left_out(seen):
 
 def test_vocabulary_is_not_rounded_up(seen):
     assert seen["vocabulary that Megatron would round up"]["vocabulary"] == 128815
+
+
+def test_command_prints_them_for_a_shell(capsys):
+    assert main(["args", "step-3.5-flash"]) == 0
+    printed = capsys.readouterr().out
+    config = Step35Config.from_pretrained(packaged_config_path())
+    assert shlex.split(printed.replace("\\\n", " ")) == megatron_arguments(config)
+
+
+def test_command_says_what_is_wrong_with_a_config(capsys, tmp_path):
+    assert main(["args", str(tmp_path)]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
