@@ -47,7 +47,6 @@ _FIXED: dict[str, tuple] = {
     "heterogeneous_layers_config_path": (None,),
     "heterogeneous_layers_config_encoded_json": (None,),
     "spec": (None,),
-    "yaml_cfg": (None,),
     "flash_decode": (False,),
     "cuda_graph_impl": ("none", None),
     "external_cuda_graph": (False,),
@@ -142,6 +141,10 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
     if settings is None:
         return args
     given = vars(parsers[0].parse_known_args(sys.argv[1:], namespace=_Given())[0])
+    if "yaml_cfg" in given:  # has replaced the parsed arguments by others
+        raise Step35ArgumentError(
+            settings.source, ["--yaml-cfg: expected none, the shapes come from the config"]
+        )
     problems = fill_in(args, given, settings.config, parsers[0])
     problems += layout_problems(args, settings.config)
     if problems:
@@ -196,6 +199,8 @@ def fill_in(
     for option, value in megatron_options(config).items():
         tokens = [option] if value is None else [option, value]
         [(name, wanted)] = vars(parser.parse_args(tokens, namespace=_Given())).items()
+        if name == "padded_vocab_size" and "make_vocab_size_divisible_by" in given:
+            continue  # Megatron is asked to pad by itself
         if name not in given:
             setattr(args, name, wanted)
         elif option in _CHOICES or given[name] == wanted:
@@ -238,6 +243,12 @@ def layout_problems(args: Any, config: Step35Config) -> list[str]:
             f"--tensor-model-parallel-size: expected a divisor of num_attention_groups={groups}, "
             f"found {tp}; use fewer, and --expert-model-parallel-size or "
             "--pipeline-model-parallel-size for more GPUs"
+        )
+    if args.padded_vocab_size is not None and args.padded_vocab_size % tp:
+        problems.append(
+            f"--padded-vocab-size: expected a multiple of --tensor-model-parallel-size {tp}, found "
+            f"{args.padded_vocab_size}; the config's vocab_size is {config.vocab_size}, a larger "
+            "padded size is fine"
         )
     ep = args.expert_model_parallel_size
     if ep > 1 and (not config.use_moe or config.moe_num_experts % ep):

@@ -141,6 +141,7 @@ def test_all_problems_come_in_one_error(parse):
         ("--window-attn-skip-freq 4", "--window-attn-skip-freq: expected None, found 4"),
         ("--attention-output-gate", "--attention-output-gate: expected False"),
         ("--spec local", "--spec: expected None"),
+        ("--padded-vocab-size 97 --tensor-model-parallel-size 2", "--padded-vocab-size: .* of"),
     ],
 )
 def test_what_cannot_work_is_refused(parse, words, message):
@@ -151,6 +152,18 @@ def test_what_cannot_work_is_refused(parse, words, message):
 def test_context_parallelism_is_free_where_there_is_no_window(parse):
     config = tiny_config(layer_types=[FULL] * 8, rope_theta=50.0, partial_rotary_factors=None)
     parse("--context-parallel-size", "2", config=config)
+
+
+def test_yaml_is_refused(parse, tmp_path):
+    path = tmp_path / "args.yaml"
+    path.write_text("enable_msc: false\ndisable_msc_deprecated: false\n")
+    with pytest.raises(Step35ArgumentError, match="--yaml-cfg: expected none"):
+        parse("--yaml-cfg", str(path), config=tiny_config(), option=False)
+
+
+def test_megatron_pads_the_vocabulary_where_it_is_asked_to(parse):
+    args = parse("--make-vocab-size-divisible-by", "64", config=tiny_config())
+    assert (args.vocab_size, args.padded_vocab_size) == (96, None)
 
 
 def test_own_arguments_need_a_config(parse):
