@@ -48,6 +48,14 @@ def build_headwise_qkv(linear, input_size: int, output_size: int, /, *, config, 
     return linear(input_size, rows, config=config, **kwargs)
 
 
+def _tie_before_saving(attention: Step35SelfAttention, prefix: str, keep_vars: bool) -> None:
+    attention.tie_gate_rows()
+
+
+def _check_after_loading(attention: Step35SelfAttention, incompatible_keys: object) -> None:
+    attention.check_gate_rows()
+
+
 class Step35SelfAttention(SelfAttention):
     """Megatron-Core's SelfAttention with the layer's own RoPE and the gate of its layout.
 
@@ -62,8 +70,8 @@ class Step35SelfAttention(SelfAttention):
         self.tied_gate = gate_layout == "expanded"
         if self.tied_gate:
             self.tie_gate_rows()  # they are drawn differently
-            self.register_state_dict_pre_hook(lambda module, *_: module.tie_gate_rows())
-            self.register_load_state_dict_post_hook(lambda module, _: module.check_gate_rows())
+            self.register_state_dict_pre_hook(_tie_before_saving)
+            self.register_load_state_dict_post_hook(_check_after_loading)
 
     def tied_gate_rows(self, tensor: Tensor) -> Tensor:
         """The gate rows of the `expanded` linear_qkv weight, or of its gradient, as a view.

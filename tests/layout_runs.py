@@ -14,7 +14,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed.checkpoint as dcp
 from reference import tiny_config
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from step35_patch.arguments import CPU_ARGUMENTS
 
@@ -137,3 +140,15 @@ def assert_same_training(
         for loss, wanted_loss in pairs:
             assert abs(loss / wanted_loss - 1) < tolerance, (number, got, wanted)
         assert abs(got.grad_norm - wanted.grad_norm) < 2e-3, (number, got, wanted)
+
+
+def checkpoint_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """All tensors of a torch_dist checkpoint, optimizer's state included."""
+    reader = dcp.FileSystemReader(folder / f"iter_{iteration:07d}")
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

@@ -10,7 +10,15 @@ import json
 
 import layout_runs
 import pytest
-from layout_runs import ITERATIONS, arguments, assert_same_training, iterations, run
+import torch
+from layout_runs import (
+    ITERATIONS,
+    arguments,
+    assert_same_training,
+    checkpoint_tensors,
+    iterations,
+    run,
+)
 
 pytestmark = pytest.mark.slow
 # With each Megatron-Core; the others run with the newest only.
@@ -106,12 +114,17 @@ def test_checkpoint_is_resharded_and_resumed(start, tmp_path):
     assert_same_training(first, start.expected)
     resume = ["--load", str(saved), "--ckpt-step", str(half), "--exit-on-missing-checkpoint"]
 
-    # The same layout: bit for bit, as far as the log shows digits. Megatron logs the mean of the
-    # first two losses at the second iteration after a start.
-    again = iterations(run(start.config, *arguments(), *tp2, *resume, processes=2))
+    # The same layout: bit for bit, in the log and in every tensor that is saved at the end. (Megatron
+    # logs the mean of the first two losses at the second iteration after a start.)
+    over = ["--save", str(tmp_path / "again"), "--save-interval", str(half)]
+    again = iterations(run(start.config, *arguments(), *tp2, *resume, *over, processes=2))
     assert sorted(again) == list(range(half + 1, ITERATIONS + 1))
     for number in set(again) - {half + 2}:
         assert again[number] == first[number]
+    found = checkpoint_tensors(tmp_path / "again", ITERATIONS)
+    wanted = checkpoint_tensors(saved, ITERATIONS)
+    assert set(found) == set(wanted) and any("exp_avg_sq" in name for name in wanted)
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
     # Other layouts, optimizer's state included.
     rest = {n: it for n, it in start.expected.items() if n > half and n != half + 2}
