@@ -308,6 +308,8 @@ def test_provider_made_by_hand_equals_the_one_from_the_config(active):
 def test_provider_refuses_what_contradicts_its_config(active):
     with pytest.raises(ValueError, match="num_attention_heads: the config needs 4"):
         Step35ModelProvider.from_hf(active[2], num_attention_heads=8)
+    with pytest.raises(ValueError, match="mtp_num_layers: the config needs 2"):
+        Step35ModelProvider.from_hf(active[2], mtp_num_layers=3)
     with pytest.raises(ValueError, match="layer_types"):
         Step35ModelProvider.from_hf(active[2], layer_types=["full_attention"] * 8)
     with pytest.raises(ValueError, match="gate_layout"):
