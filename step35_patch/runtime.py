@@ -8,6 +8,7 @@ that every hook asks: is this TransformerConfig a Step-3.5 model's, and which on
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -173,6 +174,7 @@ def runtime_for(config: TransformerConfig) -> Step35Runtime | None:
     return from_settings(settings)
 
 
+@lru_cache(maxsize=4)  # asked for at every step, by Megatron's count of operations
 def from_settings(settings: Settings) -> Step35Runtime:
     """The model that the process-wide activation asks for."""
     return Step35Runtime(settings.config, settings.gate_layout, settings.window, settings.source)
