@@ -129,7 +129,9 @@ def main() -> None:
         for module in chunk.modules()
         if hasattr(module, "plan")
     )
-    print(f"rank {torch.distributed.get_rank()} layers {indices} ok", flush=True)
+    # One write, because the ranks share the pipe.
+    sys.stdout.write(f"rank {torch.distributed.get_rank()} layers {indices} ok\n")
+    sys.stdout.flush()
     torch.distributed.barrier()
 
 

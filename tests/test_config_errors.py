@@ -368,6 +368,14 @@ def test_what_is_no_config_at_all_is_refused(data):
     assert problems_of(data)
 
 
+def test_a_dictionary_nested_beyond_pythons_recursion_limit_is_refused():
+    nested = {}
+    for _ in range(5000):
+        nested = {"a": nested}
+    (problem,) = problems_of(tiny(note=nested))
+    assert problem.field.startswith("note.a") and "levels of nesting" in problem.expected
+
+
 # --- files ------------------------------------------------------------------------------------
 
 

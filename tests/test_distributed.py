@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,8 +81,8 @@ def test_layout(case, tmp_path, name):
         command, capture_output=True, text=True, env=environment, timeout=300, check=False
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    for rank in range(processes):
-        expected = f"layers {layers[rank]} ok" if layers else "ok"
-        lines = [line for line in result.stdout.splitlines() if line.startswith(f"rank {rank} ")]
-        assert lines and lines[0].endswith(expected), result.stdout[-2000:]
+    found = dict(re.findall(r"rank (\d) layers (\[.*?\]) ok", result.stdout))
+    assert sorted(found) == [str(rank) for rank in range(processes)], result.stdout[-2000:]
+    if layers:
+        assert [json.loads(found[str(rank)]) for rank in range(processes)] == layers
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

@@ -262,10 +262,14 @@ def test_errors_of_the_process(tmp_path):
 
 
 @pytest.mark.parametrize("option", [[], ["--json"]])
-def test_a_reader_that_stops_early_is_no_error(option):
+@pytest.mark.parametrize("size", ["short", "long"])
+def test_a_reader_that_stops_early_is_no_error(option, size, tmp_path):
+    # A short output fits Python's buffer and meets the closed pipe only when it is flushed.
+    data = tiny() if size == "short" else published()
+    (tmp_path / "config.json").write_text(json.dumps(data))
     program = "import sys; from step35_patch.cli import main; sys.exit(main())"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, "inspect", "step-3.5-flash", *option],
+        [sys.executable, "-c", program, "inspect", str(tmp_path), *option],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
