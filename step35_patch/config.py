@@ -155,11 +155,12 @@ class Step35Config(StrictModel):
         try:
             self.__pydantic_validator__.validate_python(fields, self_instance=self, context=valid)
         except ValidationError as error:
+            elsewhere = {(name,) for name in origins}
             found = [
                 _problem(details, meant)
                 for details in error.errors(include_url=False)
                 # Under another name it is there; why it could not be read is a problem already.
-                if details["type"] != "missing" or details["loc"][0] not in origins
+                if details["type"] != "missing" or details["loc"] not in elsewhere
             ]
             problems += [p for p in found if p.field not in {q.field for q in problems}]
         for name, field in type(self).model_fields.items():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -272,6 +273,7 @@ def test_a_reader_that_stops_early_is_no_error(option, size, tmp_path):
         [sys.executable, "-c", program, "inspect", str(tmp_path), *option],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
     )
     process.stdout.close()
     stderr = process.stderr.read()

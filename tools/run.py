@@ -32,7 +32,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help="train a tiny Step-3.5 (further arguments go to the demo)")
     test = commands.add_parser("test", help="run the tests (further arguments go to pytest)")
-    test.add_argument("--quick", action="store_true", help="leave the slow tests out")
+    test.add_argument("--quick", action="store_true", help="the newest Megatron-Core only, without the slow tests")
     commands.add_parser("setup", help="nothing else")
     arguments, rest = parser.parse_known_args()
 
@@ -125,14 +125,17 @@ def call(*command: str) -> None:
 
 
 def test_all(arguments: list[str], quick: bool) -> int:
-    """All tests with the newest Megatron-Core, and those that depend on it with the others."""
+    """All tests with the newest Megatron-Core, and those that depend on it with the others.
+
+    Quick: only those that are not slow, and with the newest only.
+    """
     only = ["not slow"] if quick else []
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     statuses = [run_tests("newest Megatron-Core", None, only, arguments, counts)]
-    for version in OLDER_MEGATRON_CORES:
+    for version in () if quick else OLDER_MEGATRON_CORES:
         name = f"Megatron-Core {version}"
         path = megatron_core(version)
-        statuses.append(run_tests(name, path, ["megatron", *only], arguments, counts))
+        statuses.append(run_tests(name, path, ["megatron"], arguments, counts))
     failed = counts["failures"] + counts["errors"]
     passed = counts["tests"] - failed - counts["skipped"]
     print(f"{passed} passed, {failed} failed, {counts['skipped']} skipped")
