@@ -32,7 +32,9 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("demo", help="train a tiny Step-3.5 (further arguments go to the demo)")
     test = commands.add_parser("test", help="run the tests (further arguments go to pytest)")
-    test.add_argument("--quick", action="store_true", help="the newest Megatron-Core only, without the slow tests")
+    test.add_argument(
+        "--quick", action="store_true", help="the newest Megatron-Core only, without the slow tests"
+    )
     commands.add_parser("setup", help="nothing else")
     arguments, rest = parser.parse_known_args()
 
