@@ -93,14 +93,19 @@ class Resaved:
         layers = self.fields.get("num_hidden_layers")
         if by_layer is None or not _all_in(types, LAYER_TYPES) or type(layers) is not int:
             return
-        # transformers writes the keys as "01", "02", ...
-        expected = {
-            f"{index}": {"num_attention_heads": heads}
-            for index, layer_type in enumerate(types[:layers])
-            if layer_type == SLIDING_ATTENTION
-        }
-        given = by_layer.items() if isinstance(by_layer, Mapping) else ()
-        if {f"{key}".lstrip("0") or "0": entry for key, entry in given} != expected:
+        # transformers writes the keys as "01", "02", ..., and none where nothing differs.
+        given = by_layer.items() if isinstance(by_layer, Mapping) else [("", by_layer)]
+        overrides = {f"{key}".lstrip("0") or "0": entry for key, entry in given}
+        main = self.fields.get("num_attention_heads")
+        for index, layer_type in enumerate(types[:layers]):
+            expected = heads if layer_type == SLIDING_ATTENTION else main
+            if overrides.get(f"{index}", {"num_attention_heads": main}) == {
+                "num_attention_heads": expected
+            }:
+                overrides.pop(f"{index}", None)
+            else:
+                overrides.setdefault(f"{index}", None)
+        if overrides:
             text = "the num_sliding_attention_heads of each sliding layer, and nothing else"
             self._refuse("per_layer_config", text, found_text(by_layer))
 

@@ -93,6 +93,29 @@ def test_the_saved_form_keeps_the_types_of_mtp_layers():
     assert [plan.attention_type for plan in full[6:]] == [FULL] * 2
 
 
+def test_the_saved_form_names_no_layers_where_all_have_the_same_heads():
+    data = resaved() | {"num_sliding_attention_heads": 4, "per_layer_config": {}}
+    assert {plan.num_attention_heads for plan in Step35Config.from_dict(data).layers} == {4}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_configs_survive_a_save_by_transformers(seed):
+    configuration = pytest.importorskip("transformers.models.step3p7.configuration_step3p7")
+    data, plans = random_config(random.Random(seed))
+    # transformers scales the full layers whatever the list says, and has no default for MTP layers.
+    if data["rope_scaling"]:
+        data["yarn_only_types"] = [FULL]
+    config = Step35Config.from_dict(data)
+    data["layer_types"] = [plan.attention_type for plan in plans]
+    data["rope_theta"] = [plan.rotary_base for plan in plans]
+    data["partial_rotary_factors"] = [plan.rotary_percent for plan in plans]
+    decoder = data["layer_types"][: data["num_hidden_layers"]]
+    if set(data["layer_types"]) != set(decoder):
+        pytest.skip("transformers keeps no RoPE for a layer type that only MTP layers have")
+    saved = configuration.Step3p7TextConfig(**copy.deepcopy(data)).to_json_string()
+    assert Step35Config.from_dict(json.loads(saved)).layers == config.layers
+
+
 # --- spellings --------------------------------------------------------------------------------
 
 
