@@ -342,6 +342,7 @@ def save_hf_weights(
             _check_complete(target, config, whole)
             hf_files.write_index(staged, whole, sum(size for _, size, _ in results))
             document = config.to_dict() | {"torch_dtype": _TORCH_DTYPES[dtype_name]}
+            document.pop("dtype", None)  # transformers' newer name for the same
             (staged / "config.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8")
             hf_files.publish(staged, target)
 
