@@ -89,7 +89,7 @@ def stage_parameters(
     layers: Iterable[int],
     *,
     embedding: bool,
-    output: bool,
+    output_matrices: int,
     mtp_layers: int,
     vocab_size: int,
     gate_layout: str = "headwise",
@@ -103,7 +103,7 @@ def stage_parameters(
         config: the model.
         layers: absolute indices of the stage's decoder layers.
         embedding: whether it is the first stage. One with MTP layers has a copy of the embedding.
-        output: whether it has the output layer, and with it the MTP layers' output matrices.
+        output_matrices: on the last stage one and one for each MTP layer, wherever those are; else 0.
         mtp_layers: MTP layers on this stage.
         vocab_size: rows of the embedding and of an output matrix, padding included.
         gate_layout: "headwise" or "expanded".
@@ -114,7 +114,7 @@ def stage_parameters(
     first_mtp = config.num_hidden_layers
     indices = [*layers, *range(first_mtp, first_mtp + mtp_layers)]
     vocabulary = vocab_size // tensor * hidden
-    dense = vocabulary * ((embedding or mtp_layers > 0) + output * (1 + mtp_layers))
+    dense = vocabulary * ((embedding or mtp_layers > 0) + output_matrices)
     experts = 0
     for plan in (plans[index] for index in indices):
         dense += _attention_weights(plan, config, rows) // tensor
@@ -133,23 +133,40 @@ def stage_parameters(
     return Parameters(dense, experts)
 
 
-def layer_activation_bytes(config: Step35Config, plan: LayerPlan, tokens: int) -> int:
-    """Bytes in bf16 that one layer keeps for its backward, without recomputation.
+def layer_activation_bytes(
+    config: Step35Config,
+    plan: LayerPlan,
+    tokens: int,
+    *,
+    tensor: int = 1,
+    expert_tensor: int = 1,
+    sequence_parallel: bool = True,
+) -> float:
+    """Bytes in bf16 that a rank keeps of one layer for its backward, without recomputation.
 
     In the manner of table 2 of Korthikanti et al. 2022 (arXiv 2205.05198) with the layer's own
     shapes: inputs of norms and matrix products, q and k before and after their norms, the
     attention's output before and after its gate, SwiGLU's input and output. Attention keeps no
-    scores. Divide by the tensor-parallel size under sequence parallelism.
+    scores, as with fused kernels. Routed tokens are taken to be even over the ranks.
+
+    Args:
+        config: the model.
+        plan: the layer.
+        tokens: of a micro-batch, on one context-parallel rank.
+        tensor, expert_tensor: parallel sizes.
+        sequence_parallel: whether the layer's and its norms' inputs are divided, too.
     """
     hidden = config.hidden_size
     queries = plan.num_attention_heads * plan.kv_channels
     keys = plan.num_query_groups * plan.kv_channels
-    elements = 4 * hidden + 2 * queries + 3 * keys + 2 * queries
+    # Of an MTP layer besides: of both norms, twice of eh_proj, and of the last norm.
+    inputs = (9 if plan.is_mtp else 4) * hidden
+    elements = 4 * queries + 3 * keys
     if plan.is_moe:
-        elements += config.moe_top_k * (2 * hidden + 3 * config.moe_intermediate_size)
-        elements += 3 * config.share_expert_dim
+        # Each rank of an expert-tensor-parallel group gathers all tokens of the group.
+        routed = expert_tensor * hidden + 3 * config.moe_intermediate_size
+        elements += config.moe_top_k * routed + 3 * config.share_expert_dim
     else:
         elements += 3 * config.intermediate_size
-    if plan.is_mtp:
-        elements += 4 * hidden
-    return 2 * tokens * elements
+    split = elements / tensor
+    return 2 * tokens * (split + inputs / (tensor if sequence_parallel else 1))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt import gpt_layer_specs
@@ -189,14 +188,13 @@ def compute_weight_and_optimizer_memory(wrapped, instance, args, kwargs):
 
 
 def compute_activation_memory(wrapped, instance, args, kwargs):
-    """The second part of it, under sequence parallelism."""
+    """The second part of it."""
     return _reported(wrapped, args, kwargs, reports.compute_activation_memory)
 
 
 def compute_activation_memory_without_sp(wrapped, instance, args, kwargs):
-    """The second part of it otherwise."""
-    report = partial(reports.compute_activation_memory, sequence_parallel=False)
-    return _reported(wrapped, args, kwargs, report)
+    """The same: Megatron also calls it for runs with sequence parallelism."""
+    return _reported(wrapped, args, kwargs, reports.compute_activation_memory)
 
 
 def core_transformer_config_from_args(wrapped, instance, args, kwargs):

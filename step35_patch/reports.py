@@ -15,7 +15,6 @@ from step35_patch.accounting import (
     stage_parameters,
     training_flops,
 )
-from step35_patch.config import Step35Config
 from step35_patch.runtime import Step35Runtime
 
 if TYPE_CHECKING:
@@ -123,20 +122,16 @@ def _custom_chunks(layout: list[list[list]], stage: int) -> tuple[tuple[tuple[in
 
 
 def _parameters(runtime: Step35Runtime, args: Any, stage: _Stage, **parallel: int) -> Parameters:
-    parameters = stage_parameters(
+    return stage_parameters(
         runtime.config,
         [index for chunk in stage.chunks for index in chunk],
         embedding=stage.is_first,
-        output=stage.is_last,
+        output_matrices=stage.is_last * (1 + (args.mtp_num_layers or 0)),
         mtp_layers=stage.mtp_layers,
         vocab_size=args.padded_vocab_size,
         gate_layout=runtime.gate_layout,
         **parallel,
     )
-    # A custom layout may have the MTP layers on an earlier stage; their matrices stay behind.
-    elsewhere = stage.is_last * ((args.mtp_num_layers or 0) - stage.mtp_layers)
-    rows = args.padded_vocab_size // parallel.get("tensor", 1)
-    return parameters + Parameters(dense=elsewhere * rows * runtime.config.hidden_size)
 
 
 def rank_parameters(runtime: Step35Runtime, args: Any) -> list[Parameters]:
@@ -232,8 +227,6 @@ def compute_activation_memory(
     args: Any,
     num_microbatches: int | None,
     verbose: bool = False,
-    *,
-    sequence_parallel: bool | None = None,
 ) -> float:
     """Bytes of activations of the most loaded rank at the peak of the schedule, in bf16.
 
@@ -247,9 +240,6 @@ def compute_activation_memory(
         args: Megatron's arguments.
         num_microbatches: of an iteration; None: enough to fill the pipeline.
         verbose: print each stage's share.
-        sequence_parallel: which of its two functions Megatron called. It has no say: Megatron
-            calls the one without sequence parallelism also for runs with it, unless they
-            recompute selectively, so that `args` decides.
     """
     core = _core_config(args)
     tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
@@ -275,7 +265,14 @@ def _stage_bytes(runtime: Step35Runtime, args: Any, stage: _Stage, tokens: int) 
     config = runtime.config
 
     def layer(index: int) -> float:
-        return _layer_bytes(config, runtime, args, index, tokens)
+        return layer_activation_bytes(
+            config,
+            runtime.layers[index],
+            tokens,
+            tensor=args.tensor_model_parallel_size,
+            expert_tensor=args.expert_tensor_parallel_size,
+            sequence_parallel=args.sequence_parallel,
+        )
 
     first_mtp = config.num_hidden_layers
     mtp = [layer(index) for index in range(first_mtp, first_mtp + stage.mtp_layers)]
@@ -292,16 +289,3 @@ def _stage_bytes(runtime: Step35Runtime, args: Any, stage: _Stage, tokens: int) 
     # "block": each chunk's first layers; of MTP layers Megatron-Core recomputes none then.
     inputs = sum(min(group, len(chunk)) for chunk in chunks)
     return inputs * layer_input + sum(sum(chunk[group:]) for chunk in chunks) + sum(mtp)
-
-
-def _layer_bytes(
-    config: Step35Config, runtime: Step35Runtime, args: Any, index: int, tokens: int
-) -> float:
-    """What a rank keeps of one layer without recomputation.
-
-    Without sequence parallelism the inputs of the norms and of the matrix products behind them,
-    four of hidden size a token, are whole on every rank.
-    """
-    whole = 0 if args.sequence_parallel else 2 * tokens * 4 * config.hidden_size
-    split = layer_activation_bytes(config, runtime.layers[index], tokens) - whole
-    return whole + split / args.tensor_model_parallel_size

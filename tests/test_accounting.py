@@ -88,7 +88,7 @@ def test_parameters_are_those_of_the_built_model(tmp_path, gate_layout, mtp_laye
         Step35Config.from_dict(config),
         range(6),
         embedding=True,
-        output=True,
+        output_matrices=1 + (mtp_layers or 0),
         mtp_layers=mtp_layers or 0,
         vocab_size=96,
         gate_layout=gate_layout,
@@ -108,7 +108,7 @@ def test_ranks_add_up_to_the_published_model(published, gate_layout, more):
         where = dict(
             layers=range(9 * stage, 9 * stage + 9),
             embedding=stage == 0,
-            output=last,
+            output_matrices=4 if last else 0,
             mtp_layers=3 if last else 0,
             vocab_size=128896,
             gate_layout=gate_layout,
@@ -135,11 +135,26 @@ def test_activations_follow_the_layer(published):
     tokens, hidden, heads = 10, 4096, 64 * 128
     attention = 4 * hidden + 4 * heads + 3 * 8 * 128
     assert layer_activation_bytes(published, dense, tokens) == 20 * (attention + 3 * 11264)
-    routed = 8 * (2 * hidden + 3 * 1280) + 3 * 1280
+    routed = 8 * (hidden + 3 * 1280) + 3 * 1280
     assert layer_activation_bytes(published, moe, tokens) == 20 * (attention + routed)
     wider = dataclasses.replace(moe, num_attention_heads=96)
     more = layer_activation_bytes(published, wider, tokens) - 20 * (attention + routed)
     assert more == 20 * 4 * 32 * 128
+    mtp, sliding = published.layers[45], published.layers[1]  # both dense with 96 heads
+    alone = layer_activation_bytes(published, sliding, tokens)
+    assert layer_activation_bytes(published, mtp, tokens) - alone == 20 * 5 * hidden
+
+
+def test_activations_of_a_rank(published):
+    dense, moe = published.layers[0], published.layers[4]
+    alone = layer_activation_bytes(published, dense, 10)
+    assert layer_activation_bytes(published, dense, 10, tensor=8) == alone / 8
+    whole = layer_activation_bytes(published, dense, 10, tensor=8, sequence_parallel=False)
+    assert whole == alone / 8 + 20 * 4 * 4096 * 7 / 8
+    # With experts split by tensor parallelism, each rank has the routed tokens of all.
+    alone = layer_activation_bytes(published, moe, 10, tensor=8)
+    split = layer_activation_bytes(published, moe, 10, tensor=8, expert_tensor=8)
+    assert split - alone == 20 * 8 * 4096 * 7 / 8
 
 
 @pytest.fixture
@@ -175,7 +190,7 @@ def test_megatron_prints_these_numbers(megatron_args, capsys):
     assert training.num_floating_point_operations(args, 4) == expected
     weights, activations, total = report_theoretical_memory(args, 1, verbose=True)
     parameters = stage_parameters(
-        config, range(6), embedding=True, output=True, mtp_layers=2, vocab_size=96
+        config, range(6), embedding=True, output_matrices=3, mtp_layers=2, vocab_size=96
     )
     assert weights == pytest.approx(18 * (parameters.dense + parameters.expert) / 1024**2)
     assert total == weights + activations and activations > 0
@@ -194,10 +209,10 @@ def test_reports_of_a_pipeline(megatron_args, monkeypatch):
     config = Step35Config.from_dict(full)
     stages = [
         stage_parameters(
-            config, range(3), embedding=True, output=False, mtp_layers=0, vocab_size=96
+            config, range(3), embedding=True, output_matrices=0, mtp_layers=0, vocab_size=96
         ),
         stage_parameters(
-            config, range(3, 6), embedding=False, output=True, mtp_layers=2, vocab_size=96
+            config, range(3, 6), embedding=False, output_matrices=3, mtp_layers=2, vocab_size=96
         ),
     ]
     largest = max(18 * (stage.dense + stage.expert) for stage in stages)

@@ -347,7 +347,16 @@ def test_layer_inputs_are_whole_without_sequence_parallelism(arguments):
     full = activations(arguments(dense, f"{tensor} {FULL_RECOMPUTE}", 2))
     assert full == pytest.approx(8 * LAYER_INPUT + 3 * LOGITS / 2)
     split = activations(arguments(dense, f"{tensor} --sequence-parallel", 2))
-    assert activations(arguments(dense, tensor, 2)) - split == pytest.approx(16 * LAYER_INPUT)
+    # Half of four inputs in each of eight layers, and of five more in the two MTP layers.
+    assert activations(arguments(dense, tensor, 2)) - split == pytest.approx(21 * LAYER_INPUT)
+
+
+def test_experts_split_by_tensor_parallelism_each_get_all_tokens(arguments):
+    tensor = "--tensor-model-parallel-size 2 --sequence-parallel"
+    split = activations(arguments(tiny_config(), tensor, 2))
+    alone = activations(arguments(tiny_config(), f"{tensor} --expert-tensor-parallel-size 1", 2))
+    # Half of the inputs of two experts for each token, in the four MoE layers.
+    assert split - alone == pytest.approx(4 * 2 * LAYER_INPUT / 2)
 
 
 @pytest.mark.parametrize(
