@@ -7,7 +7,6 @@ tensor- and expert-parallel parts and lets one rank of each pipeline stage write
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from step35_patch.mtp import OUTPUT_LAYERS
 from step35_patch.runtime import Step35Runtime, runtime_for
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
-_TORCH_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -322,7 +320,7 @@ def save_hf_weights(
     target = Path(out_dir)
     untrained = _untrained_mtp_layers(chunks[0][0], config, mtp_from)
     dtype = dtype or next(chunks[0][0].parameters()).dtype
-    dtype_name = hf_files.dtype_name(dtype)
+    hf_files.dtype_name(dtype)  # refuses one that weights don't come in
     staged, error = _first_rank_does(lambda: hf_files.staging_folder(target))
     try:
         if error is not None:
@@ -340,10 +338,9 @@ def save_hf_weights(
         def finish() -> None:
             whole = {name: file for part, _, _ in results for name, file in part.items()}
             _check_complete(target, config, whole)
-            hf_files.write_index(staged, whole, sum(size for _, size, _ in results))
-            document = config.to_dict() | {"torch_dtype": _TORCH_DTYPES[dtype_name]}
-            document.pop("dtype", None)  # transformers' newer name for the same
-            (staged / "config.json").write_text(json.dumps(document, indent=2) + "\n", "utf-8")
+            index = hf_files.index_document(whole, sum(size for _, size, _ in results))
+            (staged / hf_files.INDEX).write_bytes(index)
+            (staged / "config.json").write_bytes(hf_files.config_document(config, dtype))
             hf_files.publish(staged, target)
 
         _, error = _first_rank_does(finish)

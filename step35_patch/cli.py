@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from step35_patch import convert_cli
+
 if TYPE_CHECKING:
     from step35_patch.config import Step35Config
 
@@ -61,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_config(arguments)
     arguments.set_defaults(run=_args)
+    convert = commands.add_parser(
+        "convert",
+        help="convert weights between the published layout and Megatron's, in little memory",
+        description="Convert weights losslessly, without a GPU, on one machine.",
+    )
+    convert_cli.add_arguments(convert)
     commands.add_parser(
         "demo", help="train a tiny Step-3.5 on this machine, CPU included", add_help=False
     )

@@ -90,7 +90,8 @@ def check_checkpoint(checkpoint_args: Any, name: str) -> None:
 
     Args:
         checkpoint_args: the namespace that Megatron saved; one without the package's entries is
-            of another model, or was written by another program.
+            of another model, or was written by another program. A converted one has no window,
+            which is none of the weights'.
         name: the checkpoint's, for messages.
 
     Raises:
@@ -110,7 +111,7 @@ def check_checkpoint(checkpoint_args: Any, name: str) -> None:
     if lines := [
         f"{what}: {found[key]} in the checkpoint, {wanted[key]} in this run"
         for key, what in _MODEL.items()
-        if found[key] != wanted[key]
+        if found[key] not in (None, wanted[key])
     ]:
         raise Step35MismatchError(
             f"{name} is of another Step-3.5 model:\n  "

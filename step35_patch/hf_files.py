@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from step35_patch.inventory import TensorInfo
+from step35_patch.config import Step35Config
+from step35_patch.inventory import SAFETENSORS_DTYPES, TensorInfo
+from step35_patch.mapped import MappedFiles
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -51,6 +53,7 @@ class HfFolder:
         problems: list[str] = []
         self._files: dict[str, Any] = {}
         self._where: dict[str, str] = {}
+        self._mapped, self._starts = MappedFiles(self.path), {}
         for name in self._shards(problems):
             self._open(name, problems)
         if not problems or self._where:
@@ -90,7 +93,11 @@ class HfFolder:
             problems.append(f"{name}: not readable as safetensors: {error}")
             return
         self._files[name] = file
+        header = self._mapped.get(name).view(0, 8)
+        start = 8 + int.from_bytes(header, "little")
+        described = json.loads(bytes(self._mapped.get(name).view(8, start - 8)))
         for key in keys:
+            self._starts[key] = start + described[key]["data_offsets"][0]
             if key in self._where:
                 problems.append(f"{key}: stored twice, in {self._where[key]} and {name}")
             elif self._index is not None and self._index.get(key) != name:
@@ -119,6 +126,18 @@ class HfFolder:
         """The tensor, or the part that `index` selects, which alone is read."""
         file = self._files[self._where[name]]
         return file.get_slice(name)[index] if index else file.get_tensor(name)
+
+    def block(self, name: str, start: int, count: int) -> Tensor:
+        """Elements of a tensor, row by row, over the mapped file: [count], not to be written to."""
+        file = self._mapped.get(self._where[name])
+        dtype = DTYPES[self._expected[name].dtype]
+        self._mapped.used(count * dtype.itemsize)
+        return file.tensor(self._starts[name] + start * dtype.itemsize, count, dtype)
+
+    def files(self) -> list[Path]:
+        """The files that its tensors are in, and the index if there is one."""
+        names = [*self._files, *([INDEX] if self._index is not None else [])]
+        return [self.path / name for name in sorted(names)]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -162,13 +181,41 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
 
-def write_index(folder: Path, weight_map: dict[str, str], total_bytes: int) -> None:
+def header(tensors: Iterable[TensorInfo]) -> bytes:
+    """What stands in a safetensors file before the tensors' bytes, which follow in this order.
+
+    The format: https://huggingface.co/docs/safetensors, "Format".
+    """
+    described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for info in tensors:
+        end = start + info.num_bytes
+        described[info.name] = {
+            "dtype": info.dtype,
+            "shape": info.shape,
+            "data_offsets": (start, end),
+        }
+        start = end
+    text = json.dumps(described).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def index_document(weight_map: dict[str, str], total_bytes: int) -> bytes:
     """The index of a sharded checkpoint."""
     index = {
         "metadata": {"total_size": total_bytes},
         "weight_map": dict(sorted(weight_map.items())),
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    return (json.dumps(index, indent=2) + "\n").encode()
+
+
+def config_document(config: Step35Config, dtype: torch.dtype) -> bytes:
+    """The config.json of weights in a dtype."""
+    names = {name: spelled for spelled, name in SAFETENSORS_DTYPES.items()}
+    document = config.to_dict() | {"torch_dtype": names[dtype_name(dtype)]}
+    document.pop("dtype", None)  # transformers' newer name for the same
+    return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def staging_folder(target: Path) -> Path:

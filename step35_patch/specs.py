@@ -39,17 +39,29 @@ def step35_norm(norm: Any) -> Any:
     return Step35RMSNorm if norm in _LOCAL_NORMS else norm
 
 
-def _replace_submodules(builder: Any, change: Callable[[Any], Any]) -> Any:
-    """A copy of a ModuleSpec or functools.partial with `change` applied to its submodules."""
+def _submodules(builder: Any) -> Any:
+    """Those of a ModuleSpec or of a functools.partial."""
     if isinstance(builder, ModuleSpec):
-        return dataclasses.replace(builder, submodules=change(builder.submodules))
+        return builder.submodules
     if isinstance(builder, functools.partial) and "submodules" in builder.keywords:
-        keywords = {**builder.keywords, "submodules": change(builder.keywords["submodules"])}
-        return functools.partial(builder.func, *builder.args, **keywords)
+        return builder.keywords["submodules"]
     raise TypeError(
         f"MLP spec: expected a ModuleSpec or functools.partial with submodules, found {builder!r}; "
         "this Megatron-Core builds its specs in a way that step35_patch does not know"
     )
+
+
+def _has_experts(mlp: Any) -> bool:
+    return hasattr(_submodules(mlp), "experts")
+
+
+def _replace_submodules(builder: Any, change: Callable[[Any], Any]) -> Any:
+    """A copy of a ModuleSpec or functools.partial with `change` applied to its submodules."""
+    submodules = change(_submodules(builder))
+    if isinstance(builder, ModuleSpec):
+        return dataclasses.replace(builder, submodules=submodules)
+    keywords = {**builder.keywords, "submodules": submodules}
+    return functools.partial(builder.func, *builder.args, **keywords)
 
 
 def _with_activation(builder: Any, activation: Callable) -> Any:
@@ -105,6 +117,11 @@ def decoder_layer_spec(spec: ModuleSpec, runtime: Step35Runtime) -> ModuleSpec:
             f"layer spec: expected Megatron-Core's TransformerLayer, found {spec.module!r}"
         )
     parts = spec.submodules
+    names = dict(parts.sharded_state_dict_keys_map)
+    if _has_experts(parts.mlp):
+        # The local specs give the norm before a MoE layer the name it has before a dense one.
+        # Under Transformer Engine's, the norm's own, one checkpoint serves both implementations.
+        names.pop("pre_mlp_layernorm.", None)
     return dataclasses.replace(
         spec,
         module=Step35DecoderLayer,
@@ -114,6 +131,7 @@ def decoder_layer_spec(spec: ModuleSpec, runtime: Step35Runtime) -> ModuleSpec:
             self_attention=_self_attention(parts.self_attention, runtime),
             pre_mlp_layernorm=step35_norm(parts.pre_mlp_layernorm),
             mlp=_mlp(parts.mlp),
+            sharded_state_dict_keys_map=names,
         ),
     )
 

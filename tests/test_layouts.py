@@ -20,6 +20,8 @@ from layout_runs import (
     run,
 )
 
+from step35_patch.convert import Options, convert_to_hf, convert_to_megatron
+
 pytestmark = pytest.mark.slow
 # With each Megatron-Core; the others run with the newest only.
 every_version = pytest.mark.megatron
@@ -134,6 +136,20 @@ def test_checkpoint_is_resharded_and_resumed(start, tmp_path):
         )
         del other[half + 2]
         assert_same_training(other, rest)
+
+
+@every_version
+def test_converted_checkpoint_trains_alike(start, tmp_path):
+    """From Megatron's own checkpoint, optimizer's state in it, to the published layout and back."""
+    convert_to_hf(start.checkpoint, tmp_path / "hf", hf_dir=start.config.parent)
+    convert_to_megatron(tmp_path / "hf", tmp_path / "converted", options=Options(file_bytes=50_000))
+    # What --load takes without --finetune: a release starts at iteration 0 by itself.
+    load = ["--load", str(tmp_path / "converted"), "--exit-on-missing-checkpoint"]
+    for processes, layout in ((1, ""), LAYOUTS["tp2"], LAYOUTS["pp2"], LAYOUTS["ep2"]):
+        output = run(start.config, *arguments(), *load, *layout.split(), processes=processes)
+        assert_same_training(iterations(output), start.expected)
+    with pytest.raises(RuntimeError, match="gate layout: headwise in the checkpoint, expanded"):
+        run(start.config, *arguments(), *load, "--step35-gate-layout", "expanded")
 
 
 def test_expanded_gate_is_saved_and_resharded(start, tmp_path):

@@ -1,0 +1,440 @@
+"""Megatron's torch_dist checkpoints as files: torch.distributed.checkpoint's, read without trust.
+
+Such a checkpoint is a folder with `.metadata`, which says where each chunk of each tensor stands,
+and .distcp files of records, each of them what torch.save writes: a zip archive. Both hold
+pickles. They are read here by an unpickler that knows a few types of data and makes everything else
+an inert object: nothing that a file names is ever imported or called. Records are memory-mapped, and
+an archive's own check sums, which torch.load ignores, are compared.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import threading
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from step35_patch.hf_files import CheckpointError
+from step35_patch.mapped import MappedFiles
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
+# Of a checkpoint with common.pt, which all versions of Megatron-Core read.
+FORMAT_CONTENT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+_DTYPES = ("bfloat16", "float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64")
+# torch.save names a tensor's dtype by its storage's class.
+_STORAGES = {
+    "BFloat16Storage": torch.bfloat16,
+    "HalfStorage": torch.float16,
+    "FloatStorage": torch.float32,
+}
+
+
+class _Inert:
+    """What a pickle names and this module has no use for; keeps its arguments and its state."""
+
+    args: tuple = ()
+    state: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        """Ignore an item, as of a subclass of list."""
+
+    def extend(self, items: Any) -> None:
+        """Ignore items."""
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Makes plain data and _Inert objects. A tensor's storage comes as the tuple that names it."""
+
+    _KNOWN = {
+        ("torch", "Size"): tuple,
+        ("collections", "OrderedDict"): OrderedDict,
+        ("argparse", "Namespace"): Namespace,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _DTYPES:
+            return getattr(torch, name)
+        known = self._KNOWN.get((module, name))
+        return known or type(name, (_Inert,), {"module": module})
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A record in a file."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """A box of a stored tensor, and its record."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: _Place
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a checkpoint, in chunks."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[StoredChunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Payload:
+    """A tensor's bytes within a file, and their CRC-32."""
+
+    file: str
+    offset: int
+    length: int
+    crc: int
+
+
+class TorchDistFolder:
+    """The tensors of a torch_dist checkpoint.
+
+    Args:
+        path: the folder of an iteration, or one with latest_checkpointed_iteration.txt.
+
+    Attributes:
+        path: the folder of the iteration.
+        tensors: by key; nothing of them has been read.
+
+    Raises:
+        CheckpointError: it is not such a folder, or its metadata is damaged or leaves the folder.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = _iteration_folder(Path(path))
+        self._bytes: dict[str, _Place] = {}
+        self.tensors = self._read_metadata()
+        self._files = MappedFiles(self.path)
+        self._payloads: dict[_Place, _Payload] = {}
+        self._checked: set[_Place] = set()
+        self._lock = threading.Lock()
+
+    def _read_metadata(self) -> dict[str, StoredTensor]:
+        file = self.path / METADATA
+        try:
+            metadata = _InertUnpickler(io.BytesIO(file.read_bytes())).load()
+            places = {
+                (index.fqn, getattr(index, "offset", None)): _place(info)
+                for index, info in metadata.storage_data.items()
+            }
+            tensors = {}
+            for key, entry in metadata.state_dict_metadata.items():
+                if not hasattr(entry, "chunks"):
+                    self._bytes[key] = places[key, None]
+                    continue
+                chunks = tuple(
+                    StoredChunk(chunk.offsets, chunk.sizes, places[key, chunk.offsets])
+                    for chunk in entry.chunks
+                )
+                dtype = entry.properties.state[0]  # TensorProperties pickles itself as a tuple
+                tensors[key] = StoredTensor(key, entry.size, dtype, chunks)
+        except FileNotFoundError:
+            raise CheckpointError(self.path, [f"{METADATA}: missing"]) from None
+        except Exception as error:  # a damaged pickle can raise anything
+            problem = f"{METADATA}: not readable as a torch_dist checkpoint's: {error!r}"
+            raise CheckpointError(self.path, [problem]) from error
+        named = {place.file for place in places.values()}
+        if outside := sorted(name for name in named if Path(name).name != name):
+            problems = [f"{METADATA}: {name!r} leaves the folder" for name in outside]
+            raise CheckpointError(self.path, problems)
+        return tensors
+
+    def common_args(self) -> Namespace | None:
+        """The arguments of the run that wrote it, as far as they are plain data."""
+        try:
+            if (file := self.path / COMMON).exists():
+                state, _ = _unpickle(io.BytesIO(file.read_bytes()))
+            elif (place := self._bytes.get("common_state/shard_0_1")) is not None:
+                view = self._files.get(place.file).view(place.offset, place.length)
+                state = _unpickle(io.BytesIO(view))[0][0]
+            else:
+                return None
+        except Exception as error:  # a damaged archive can raise anything
+            problem = f"the common state is not readable: {error!r}"
+            raise CheckpointError(self.path, [problem]) from error
+        args = state.get("args")
+        return args if isinstance(args, Namespace) else None
+
+    def files(self) -> list[Path]:
+        """All files that its tensors are in, and the metadata."""
+        names = {chunk.place.file for tensor in self.tensors.values() for chunk in tensor.chunks}
+        return [self.path / METADATA, *(self.path / name for name in sorted(names))]
+
+    def open(self, keys: Iterable[str]) -> list[str]:
+        """Find the tensors' bytes in their records; returns what is wrong, with file and key."""
+        problems: dict[str, None] = {}
+        for key in keys:
+            tensor = self.tensors[key]
+            if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.shape):
+                problems[f"{key}: its chunks do not make up its shape {tensor.shape}"] = None
+            for chunk in tensor.chunks:
+                try:
+                    self._payloads[chunk.place] = self._locate(tensor, chunk)
+                except (OSError, ValueError) as error:
+                    problems[f"{key}: in {chunk.place.file}: {error}"] = None
+        return list(problems)
+
+    def _locate(self, tensor: StoredTensor, chunk: StoredChunk) -> _Payload:
+        place = chunk.place
+        file = self._files.get(place.file)
+        if place.offset + place.length > file.size:
+            raise ValueError(
+                f"expected at least {place.offset + place.length} bytes, found {file.size}: "
+                "the file is truncated"
+            )
+        view = file.view(place.offset, place.length)
+        try:
+            stored, archive = _unpickle(_View(view))
+            member = _payload_member(stored, archive, tensor.dtype, chunk.sizes)
+            start = place.offset + _data_offset(view, member)
+        except ValueError:
+            raise
+        except Exception as error:  # a damaged archive can raise anything
+            raise ValueError(f"damaged record: {error!r}") from error
+        finally:
+            view.release()
+        return _Payload(place.file, start, member.file_size, member.CRC)
+
+    def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """The box of a tensor; a view of the mapped file where one chunk has it in one piece.
+
+        Raises:
+            CheckpointError: a record's bytes have not the check sum that was written with them.
+        """
+        tensor = self.tensors[key]
+        result = None
+        for chunk in tensor.chunks:
+            low = [max(a, b) for a, b in zip(offsets, chunk.offsets)]
+            high = [
+                min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes)
+            ]
+            if any(a >= b for a, b in zip(low, high)):
+                continue
+            inside = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets))
+            part = self._chunk(key, chunk, tensor.dtype)[inside]
+            if part.shape == torch.Size(sizes) and part.is_contiguous():
+                return part
+            if result is None:
+                result = torch.empty(sizes, dtype=tensor.dtype)
+            result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets))] = part
+        return result
+
+    def _chunk(self, key: str, chunk: StoredChunk, dtype: torch.dtype) -> Tensor:
+        payload = self._payloads[chunk.place]
+        file = self._files.get(payload.file)
+        with self._lock:
+            checked = chunk.place in self._checked
+        if not checked:
+            found = file.crc32(payload.offset, payload.length)
+            if found != payload.crc:
+                problem = (
+                    f"{key}: in {payload.file}: check sum {found:08x}, expected {payload.crc:08x}: "
+                    "the file was damaged after it had been written"
+                )
+                raise CheckpointError(self.path, [problem])
+            with self._lock:
+                self._checked.add(chunk.place)
+        self._files.used(payload.length)
+        return file.tensor(payload.offset, math.prod(chunk.sizes), dtype).view(chunk.sizes)
+
+
+def _place(info: Any) -> _Place:
+    if getattr(info, "transform_descriptors", None):
+        raise ValueError(
+            f"records transformed by {info.transform_descriptors}, expected plain ones"
+        )
+    return _Place(info.relative_path, info.offset, info.length)
+
+
+def _iteration_folder(path: Path) -> Path:
+    """The folder of the iteration that a checkpoint's tracker file names, or the path itself."""
+    if (path / METADATA).exists():
+        return path
+    tracker = path / TRACKER
+    if not tracker.exists():
+        found = "a folder without them" if path.is_dir() else "no folder"
+        raise CheckpointError(
+            path, [f"expected {TRACKER} or {METADATA} of a torch_dist checkpoint, found {found}"]
+        )
+    text = tracker.read_text("utf-8").strip()
+    if text != RELEASE and not text.isdecimal():
+        raise CheckpointError(path, [f"{TRACKER}: expected an iteration, found {text!r}"])
+    folder = path / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
+    if not (folder / METADATA).exists():
+        raise CheckpointError(
+            path,
+            [
+                f"{TRACKER} names {folder.name}: expected {METADATA} of a torch_dist checkpoint "
+                "there, found none; convert other formats with Megatron-LM's --ckpt-convert-format"
+            ],
+        )
+    return folder
+
+
+def _unpickle(file: Any) -> tuple[Any, zipfile.ZipFile]:
+    """The object of an archive of torch.save with inert classes, and the archive."""
+    archive = zipfile.ZipFile(file)
+    names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(names) != 1:
+        raise ValueError("damaged record: not an archive of torch.save")
+    return _InertUnpickler(io.BytesIO(archive.read(names[0]))).load(), archive
+
+
+def _payload_member(
+    stored: Any, archive: zipfile.ZipFile, dtype: torch.dtype, sizes: tuple[int, ...]
+) -> zipfile.ZipInfo:
+    """The member of an archive with the bytes of its one tensor, which must be as expected."""
+    try:
+        (_, storage, name, _, _), start, shape, stride, *_ = stored.args
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"expected a plain tensor, found {type(stored).__name__}") from None
+    found = (_STORAGES.get(storage.__name__, storage.__name__), tuple(shape), start)
+    if found != (dtype, tuple(sizes), 0):
+        raise ValueError(
+            f"expected a tensor of {dtype}, {tuple(sizes)}, found {found[0]}, {found[1]}"
+        )
+    contiguous = tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
+    if math.prod(sizes) and any(n > 1 and a != b for n, a, b in zip(sizes, stride, contiguous)):
+        raise ValueError(f"expected a contiguous tensor, found strides {tuple(stride)}")
+    folder = archive.namelist()[0].split("/")[0]
+    member = archive.getinfo(f"{folder}/data/{name}")
+    size = math.prod(sizes) * dtype.itemsize
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size != size:
+        raise ValueError(f"expected {size} stored bytes, found {member.file_size}")
+    return member
+
+
+def _data_offset(view: memoryview, member: zipfile.ZipInfo) -> int:
+    """Where a member's bytes begin: behind its local header, whose size the directory lacks."""
+    header = bytes(view[member.header_offset : member.header_offset + 30])
+    if header[:4] != b"PK\x03\x04":
+        raise ValueError("damaged record: no header before the tensor's bytes")
+    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return member.header_offset + 30 + names
+
+
+class _View(io.RawIOBase):
+    """Bytes in memory as a file, without a copy."""
+
+    def __init__(self, view: memoryview):
+        self._view, self._at = view, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._view)}[whence]
+        if start + offset < 0:
+            raise OSError("seek before the beginning")
+        self._at = start + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._view[self._at : self._at + len(buffer)]
+        buffer[: len(part)] = part
+        self._at += len(part)
+        return len(part)
+
+
+# --- Writing ------------------------------------------------------------------------------------
+
+
+def save_record(tensor: Tensor, file: Any) -> None:
+    """Write one chunk's record, as torch.distributed.checkpoint does.
+
+    Args:
+        tensor: contiguous; its storage may be larger, of which torch.save would write all.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if tensor.untyped_storage().nbytes() != size:
+        tensor = tensor.clone()
+    torch.save(tensor, file)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenTensor:
+    """A tensor for the metadata: its chunks as (offsets, sizes, (file, offset, length))."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[str, int, int]], ...]
+
+
+def metadata_bytes(
+    tensors: Iterable[WrittenTensor], objects: Iterable[tuple[str, tuple[str, int, int]]]
+) -> bytes:
+    """The .metadata of a checkpoint with these tensors, and objects in records of their own."""
+    entries: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for tensor in tensors:
+        chunks = [
+            ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+            for offsets, sizes, _ in tensor.chunks
+        ]
+        properties = TensorProperties(dtype=tensor.dtype)
+        entries[tensor.key] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+        for chunk, (_, _, place) in zip(chunks, tensor.chunks):
+            storage[MetadataIndex(tensor.key, chunk.offsets)] = _StorageInfo(*place)
+    for key, place in objects:
+        entries[key] = BytesStorageMetadata()
+        storage[MetadataIndex(key)] = _StorageInfo(*place)
+    return pickle.dumps(Metadata(entries, None, storage))
