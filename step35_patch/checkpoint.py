@@ -246,6 +246,17 @@ def _check_covered(model: torch.nn.Module, entries: list[_Entry]) -> None:
         )
 
 
+def entries_of(model: torch.nn.Module, runtime: Step35Runtime) -> list[_Entry]:
+    """Every parameter and router bias of one model chunk, with its published tensors.
+
+    Raises:
+        ValueError: the model has a parameter that the published layout does not have.
+    """
+    entries = list(_ModelMap(model, runtime).entries())
+    _check_covered(model, entries)
+    return entries
+
+
 def published_tensors_of(model) -> Iterator[tuple[str, Tensor]]:
     """The model's weights in the published layout, one (name, whole tensor) after the other.
 
@@ -256,9 +267,7 @@ def published_tensors_of(model) -> Iterator[tuple[str, Tensor]]:
         model: as for `load_hf_weights`.
     """
     for chunk, runtime in _chunks(model):
-        entries = list(_ModelMap(chunk, runtime).entries())
-        _check_covered(chunk, entries)
-        for entry in entries:
+        for entry in entries_of(chunk, runtime):
             yield from entry.save()
 
 
@@ -278,8 +287,7 @@ def load_hf_weights(model, hf_dir: str | os.PathLike) -> None:
     chunks = _chunks(model)
     folder = HfFolder(hf_dir, published_tensors(chunks[0][1].config))
     for chunk, runtime in chunks:
-        entries = list(_ModelMap(chunk, runtime).entries())
-        _check_covered(chunk, entries)
+        entries = entries_of(chunk, runtime)
         with torch.no_grad():
             for entry in entries:
                 entry.parameter.copy_(entry.load(folder))

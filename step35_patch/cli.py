@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from step35_patch import convert_cli
+from step35_patch import compare, convert_cli
 
 if TYPE_CHECKING:
     from step35_patch.config import Step35Config
@@ -69,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert weights losslessly, without a GPU, on one machine.",
     )
     convert_cli.add_arguments(convert)
+    verify = commands.add_parser(
+        "verify",
+        help="compare with transformers on the same tokens, layer by layer",
+        description="Run transformers' Step-3.5 and this package's on the same tokens, one layer of "
+        "each at a time, and say where they part.",
+    )
+    compare.add_arguments(verify)
+    verify.set_defaults(run=compare.run)
     commands.add_parser(
         "demo", help="train a tiny Step-3.5 on this machine, CPU included", add_help=False
     )

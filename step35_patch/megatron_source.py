@@ -12,6 +12,7 @@ from torch import Tensor
 from step35_patch.config import Step35Config
 from step35_patch.gate_layout import DriftedGateError
 from step35_patch.hf_files import DTYPES, CheckpointError
+from step35_patch.inventory import published_tensors
 from step35_patch.megatron_layout import (
     GATE_LAYOUTS,
     Box,
@@ -53,6 +54,7 @@ class MegatronCheckpoint:
         self, path: str | os.PathLike, config: Step35Config, *, average_gate: bool = False
     ):
         self.config, self.average_gate = config, average_gate
+        self._shapes = {info.name: info.shape for info in published_tensors(config)}
         self.folder = TorchDistFolder(path)
         problems = self._other_config()
         self.gate_layout = self._find_gate_layout()
@@ -163,9 +165,12 @@ class MegatronCheckpoint:
             )
 
     def get(self, name: str, *index: int | slice) -> Tensor:
-        """A published tensor, or the part that `index` selects along its first dimension."""
+        """A published tensor, or the part that `index` selects along its first dimension.
+
+        Of a drifted gate it is the first row of each head, or the mean: see `refuse_drifted_gates`.
+        """
         pairs = self.runs[name]
-        shape = self._shape(name)
+        shape = self._shapes[name]
         row = math.prod(shape[1:])
         (rows,) = index or (slice(None),)
         first, last, step = (rows, rows + 1, 1) if isinstance(rows, int) else rows.indices(shape[0])
@@ -178,11 +183,6 @@ class MegatronCheckpoint:
         ]
         whole = torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype)
         return whole.view(shape[1:] if isinstance(rows, int) else (-1, *shape[1:]))
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        from step35_patch.inventory import published_tensors
-
-        return next(info.shape for info in published_tensors(self.config) if info.name == name)
 
 
 def _one_of(names) -> str:
