@@ -103,6 +103,7 @@ class _Job:
         source, target: folders.
         plan: see `Staging`.
         markers: see `Staging`.
+        notice: what the user should know of the source.
         files: of weights.
         block_bytes: the most that one worker has in memory at a time, without mapped pages.
         finish: writes the small files, when those with weights are there.
@@ -117,6 +118,7 @@ class _Job:
     options: Options
     tensors: int
     block_bytes: int
+    notice: str = ""
     files: list[_File] = field(default_factory=list)
     finish: Callable[[Staging, dict[str, dict]], None] = lambda staging, notes: None
     compare: Callable[[Path], Iterator[str]] = lambda folder: iter(())
@@ -364,6 +366,8 @@ def convert_to_hf(
                     yield info.name
 
     job.finish, job.compare = finish, compare
+    if not source.folder.has_sums:
+        job.notice = "the checkpoint was saved without check sums: damage to it would go unnoticed"
     _run(job)
 
 
@@ -469,6 +473,8 @@ def _run(job: _Job) -> None:
     check_target(job.target, options.overwrite, job.markers)
     job.progress = Progress(job.num_bytes)
     job.progress.say(_plan_text(job))
+    if job.notice:
+        job.progress.say(job.notice)
     if options.dry_run:
         _check_space(job, job.num_bytes)
         job.progress.say(_estimate(job))

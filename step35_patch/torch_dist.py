@@ -4,7 +4,7 @@ Such a checkpoint is a folder with `.metadata`, which says where each chunk of e
 and .distcp files of records, each of them what torch.save writes: a zip archive. Both hold
 pickles. They are read here by an unpickler that knows a few types of data and makes everything else
 an inert object: nothing that a file names is ever imported or called. Records are memory-mapped, and
-an archive's own check sums, which torch.load ignores, are compared.
+an archive's own check sums, which torch.load ignores, are compared if it has them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import pickle
 import threading
 import zipfile
+import zlib
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -130,12 +131,12 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class _Payload:
-    """A tensor's bytes within a file, and their CRC-32."""
+    """A tensor's bytes within a file, and their CRC-32; None if it was not written."""
 
     file: str
     offset: int
     length: int
-    crc: int
+    crc: int | None
 
 
 class TorchDistFolder:
@@ -195,17 +196,22 @@ class TorchDistFolder:
         """The arguments of the run that wrote it, as far as they are plain data."""
         try:
             if (file := self.path / COMMON).exists():
-                state, _ = _unpickle(io.BytesIO(file.read_bytes()))
+                state = _Archive(memoryview(file.read_bytes())).object()
             elif (place := self._bytes.get("common_state/shard_0_1")) is not None:
                 view = self._files.get(place.file).view(place.offset, place.length)
-                state = _unpickle(io.BytesIO(view))[0][0]
+                state = _Archive(view).object()[0]
             else:
                 return None
-        except Exception as error:  # a damaged archive can raise anything
+        except Exception as error:  # a damaged pickle can raise anything
             problem = f"the common state is not readable: {error!r}"
             raise CheckpointError(self.path, [problem]) from error
         args = state.get("args")
         return args if isinstance(args, Namespace) else None
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether all opened tensors have check sums."""
+        return all(payload.crc is not None for payload in self._payloads.values())
 
     def files(self) -> list[Path]:
         """All files that its tensors are in, and the metadata."""
@@ -217,7 +223,7 @@ class TorchDistFolder:
         problems: dict[str, None] = {}
         for key in keys:
             tensor = self.tensors[key]
-            if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.shape):
+            if not _make_up(tensor):
                 problems[f"{key}: its chunks do not make up its shape {tensor.shape}"] = None
             for chunk in tensor.chunks:
                 try:
@@ -234,18 +240,19 @@ class TorchDistFolder:
                 f"expected at least {place.offset + place.length} bytes, found {file.size}: "
                 "the file is truncated"
             )
-        view = file.view(place.offset, place.length)
         try:
-            stored, archive = _unpickle(_View(view))
-            member = _payload_member(stored, archive, tensor.dtype, chunk.sizes)
-            start = place.offset + _data_offset(view, member)
+            archive = _Archive(file.view(place.offset, place.length))
+            name = _storage_name(archive.object(), tensor.dtype, chunk.sizes)
+            member, start = archive.find(f"data/{name}")
         except ValueError:
             raise
-        except Exception as error:  # a damaged archive can raise anything
+        except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(f"damaged record: {error!r}") from error
-        finally:
-            view.release()
-        return _Payload(place.file, start, member.file_size, member.CRC)
+        size = math.prod(chunk.sizes) * tensor.dtype.itemsize
+        if member.file_size != size or start + size > place.length:
+            raise ValueError(f"damaged record: expected {size} bytes, found {member.file_size}")
+        crc = member.CRC if archive.has_sums else None
+        return _Payload(place.file, place.offset + start, size, crc)
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         """The box of a tensor; a view of the mapped file where one chunk has it in one piece.
@@ -275,7 +282,7 @@ class TorchDistFolder:
         payload = self._payloads[chunk.place]
         file = self._files.get(payload.file)
         with self._lock:
-            checked = chunk.place in self._checked
+            checked = payload.crc is None or chunk.place in self._checked
         if not checked:
             found = file.crc32(payload.offset, payload.length)
             if found != payload.crc:
@@ -288,6 +295,25 @@ class TorchDistFolder:
                 self._checked.add(chunk.place)
         self._files.used(payload.length)
         return file.tensor(payload.offset, math.prod(chunk.sizes), dtype).view(chunk.sizes)
+
+
+def _make_up(tensor: StoredTensor) -> bool:
+    """Whether the chunks of a tensor cover it, without overlap."""
+    if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.shape):
+        return False
+    boxes = sorted(
+        tuple(zip(chunk.offsets, (o + n for o, n in zip(chunk.offsets, chunk.sizes))))
+        for chunk in tensor.chunks
+    )
+    for number, box in enumerate(boxes):
+        if any(low < 0 or high > size for (low, high), size in zip(box, tensor.shape)):
+            return False
+        for other in boxes[number + 1 :]:
+            if other[0][0] >= box[0][1]:
+                break  # nor do those behind it reach back
+            if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, other)):
+                return False
+    return True
 
 
 def _place(info: Any) -> _Place:
@@ -323,24 +349,58 @@ def _iteration_folder(path: Path) -> Path:
     return folder
 
 
-def _unpickle(file: Any) -> tuple[Any, zipfile.ZipFile]:
-    """The object of an archive of torch.save with inert classes, and the archive."""
-    archive = zipfile.ZipFile(file)
-    names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-    if len(names) != 1:
-        raise ValueError("damaged record: not an archive of torch.save")
-    return _InertUnpickler(io.BytesIO(archive.read(names[0]))).load(), archive
+class _Archive:
+    """What torch.save wrote: a zip archive of stored members, in memory.
+
+    Args:
+        data: all of it.
+
+    Attributes:
+        has_sums: whether it has check sums; torch can be told to write none.
+
+    Raises:
+        ValueError: it is not that.
+    """
+
+    def __init__(self, data: memoryview):
+        self._data = data
+        try:
+            self._members = {m.filename: m for m in zipfile.ZipFile(_View(data)).infolist()}
+        except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+            raise ValueError(f"damaged record: {error}") from error
+        pickles = [name for name in self._members if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("damaged record: not an archive of torch.save")
+        self._folder = pickles[0].removesuffix("data.pkl")
+        self.has_sums = any(member.CRC for member in self._members.values())
+
+    def object(self) -> Any:
+        """What was saved, of inert classes; tensors without their values."""
+        member, start = self.find("data.pkl")
+        data = bytes(self._data[start : start + member.file_size])
+        if self.has_sums and zlib.crc32(data) != member.CRC:
+            raise ValueError("damaged record: check sum of data.pkl")
+        return _InertUnpickler(io.BytesIO(data)).load()
+
+    def find(self, name: str) -> tuple[zipfile.ZipInfo, int]:
+        """A member, and where its bytes begin: behind a header whose size the directory lacks."""
+        member = self._members.get(self._folder + name)
+        if member is None or member.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"damaged record: no stored {name}")
+        header = bytes(self._data[member.header_offset : member.header_offset + 30])
+        if header[:4] != b"PK\x03\x04":
+            raise ValueError(f"damaged record: no header before {name}")
+        names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        return member, member.header_offset + 30 + names
 
 
-def _payload_member(
-    stored: Any, archive: zipfile.ZipFile, dtype: torch.dtype, sizes: tuple[int, ...]
-) -> zipfile.ZipInfo:
-    """The member of an archive with the bytes of its one tensor, which must be as expected."""
+def _storage_name(stored: Any, dtype: torch.dtype, sizes: tuple[int, ...]) -> str:
+    """The name of a saved tensor's storage; the tensor must be as expected."""
     try:
         (_, storage, name, _, _), start, shape, stride, *_ = stored.args
+        found = (_STORAGES.get(storage.__name__, storage.__name__), tuple(shape), start)
     except (AttributeError, TypeError, ValueError):
         raise ValueError(f"expected a plain tensor, found {type(stored).__name__}") from None
-    found = (_STORAGES.get(storage.__name__, storage.__name__), tuple(shape), start)
     if found != (dtype, tuple(sizes), 0):
         raise ValueError(
             f"expected a tensor of {dtype}, {tuple(sizes)}, found {found[0]}, {found[1]}"
@@ -348,21 +408,7 @@ def _payload_member(
     contiguous = tuple(math.prod(sizes[axis + 1 :]) for axis in range(len(sizes)))
     if math.prod(sizes) and any(n > 1 and a != b for n, a, b in zip(sizes, stride, contiguous)):
         raise ValueError(f"expected a contiguous tensor, found strides {tuple(stride)}")
-    folder = archive.namelist()[0].split("/")[0]
-    member = archive.getinfo(f"{folder}/data/{name}")
-    size = math.prod(sizes) * dtype.itemsize
-    if member.compress_type != zipfile.ZIP_STORED or member.file_size != size:
-        raise ValueError(f"expected {size} stored bytes, found {member.file_size}")
-    return member
-
-
-def _data_offset(view: memoryview, member: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: behind its local header, whose size the directory lacks."""
-    header = bytes(view[member.header_offset : member.header_offset + 30])
-    if header[:4] != b"PK\x03\x04":
-        raise ValueError("damaged record: no header before the tensor's bytes")
-    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-    return member.header_offset + 30 + names
+    return name
 
 
 class _View(io.RawIOBase):

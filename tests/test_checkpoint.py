@@ -82,6 +82,20 @@ def test_dtype_is_converted_on_request_only(case, tmp_path):
         save_hf_weights(build(folder), tmp_path / "other", dtype=torch.int8)
 
 
+def test_config_that_transformers_saved_gets_one_dtype(tmp_path):
+    """transformers writes "dtype"; a converted model's config.json must not say two things."""
+    from transformers.models.step3p7.configuration_step3p7 import Step3p7TextConfig
+
+    config = {name: value for name, value in tiny_config().items() if name != "model_type"}
+    Step3p7TextConfig(**config).save_pretrained(tmp_path / "hf")
+    assert "dtype" in json.loads((tmp_path / "hf" / "config.json").read_text())
+    save_file(random_weights(tiny_config(), 1), tmp_path / "hf" / "model.safetensors")
+    save_hf_weights(build(tmp_path / "hf"), tmp_path / "out", dtype=torch.bfloat16)
+    document = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "dtype" not in document and document["torch_dtype"] == "bfloat16"
+    assert Step35Config.from_pretrained(tmp_path / "out").torch_dtype == "bfloat16"
+
+
 def test_all_wrong_tensors_are_listed_and_nothing_is_loaded(case, tmp_path):
     config, weights, folder = case
     model = build(folder)

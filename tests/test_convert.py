@@ -349,6 +349,22 @@ def test_optimizer_state_is_not_read(case, tmp_path):
     assert_same(read(tmp_path / "back"), weights)
 
 
+def test_checkpoint_saved_without_check_sums_is_read(case, tmp_path, capsys):
+    """As after torch.serialization.set_crc32_options(False)."""
+    _, weights, hf = case
+    convert_to_megatron(hf, tmp_path / "m")
+    tensors = dcp_tensors(tmp_path / "m" / "release")
+    torch.serialization.set_crc32_options(False)
+    try:
+        folder = save_dcp(tmp_path / "unsummed", tensors)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    capsys.readouterr()
+    convert_to_hf(folder, tmp_path / "back", hf_dir=hf)
+    assert "saved without check sums" in capsys.readouterr().err
+    assert_same(read(tmp_path / "back"), weights)
+
+
 def test_padded_vocabulary_is_cut(case, tmp_path):
     config, weights, hf = case
     convert_to_megatron(hf, tmp_path / "m")

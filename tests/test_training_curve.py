@@ -10,6 +10,15 @@ from training_curve import differences, train_ours, train_reference, write_folde
 from step35_patch.checkpoint import published_tensors_of
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Many small operations: threads that wait for each other take minutes on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
 def test_two_hundred_iterations_follow_the_reference(tmp_path):
     folder, config, weights = write_folder(tmp_path / "hf")
