@@ -231,6 +231,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         print(peak_memory() - base)
         convert.convert_to_hf(top + "/m", top + "/back", hf_dir=top + "/hf")
         print(peak_memory() - base)
+        assert not any(name.split(".")[0] == "megatron" for name in sys.modules)
     """
     command = [sys.executable, "-c", program, str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
