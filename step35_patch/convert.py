@@ -43,12 +43,13 @@ from step35_patch.megatron_layout import (
 )
 from step35_patch.megatron_source import MegatronCheckpoint
 from step35_patch.progress import Progress, peak_memory, readable_bytes, readable_seconds
-from step35_patch.staging import Staging, SummedFile, check_target, staging_path
+from step35_patch.staging import Staging, SummedFile, check_target
 
 DEFAULT_WORKERS = 2
 # A torch_dist file is also what a resumed run takes up again, and what a worker has to itself.
 MEGATRON_FILE_BYTES, HF_SHARD_BYTES = 2 * 10**9, 5 * 10**9
 _EMPTY_STATES = "__0_0.distcp"
+_MEGATRON_MARKERS = (f"{torch_dist.RELEASE}/{torch_dist.METADATA}",)
 # Files of a folder in the published layout that are weights in some format, and not copied along.
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".npz")
 
@@ -177,6 +178,7 @@ def convert_to_megatron(
         FileExistsError, OutputBusyError, OSError: see `Staging`.
     """
     source, target = Path(hf_dir), Path(out)
+    _refuse_nesting([source], target)
     config = Step35Config.from_pretrained(source)
     folder = HfFolder(source, published_tensors(config))
     tensors = megatron_tensors(config, gate_layout)
@@ -189,7 +191,7 @@ def convert_to_megatron(
         return math.prod(chunk.sizes) * dtype_of(tensor).itemsize
 
     pairs = [(tensor, chunk) for tensor in tensors for chunk in tensor.chunks]
-    job = _job(source, target, options, config, folder.files(), (torch_dist.TRACKER,))
+    job = _job(source, target, options, config, folder.files(), _MEGATRON_MARKERS)
     job.plan |= {"to": "megatron", "gate_layout": gate_layout, "dtype": str(dtype)}
     job.block_bytes = 2 * max(size(*pair) for pair in pairs)
 
@@ -309,6 +311,7 @@ def convert_to_hf(
         For others see `convert_to_megatron`.
     """
     target, from_dir = Path(out), Path(hf_dir)
+    _refuse_nesting([Path(p) for p in (checkpoint, hf_dir, mtp_from) if p is not None], target)
     config = Step35Config.from_pretrained(from_dir)
     source = MegatronCheckpoint(checkpoint, config, average_gate=average_gate)
     untrained = _untrained(source, mtp_from)
@@ -404,7 +407,6 @@ def _files_to_copy(folder: Path) -> list[Path]:
 
 
 def _job(source, target, options, config, inputs, markers) -> _Job:
-    _refuse_nesting(source, target)
     plan = {
         "step35_patch": step35_patch.__version__,
         "torch": torch.__version__,
@@ -420,11 +422,15 @@ def _job(source, target, options, config, inputs, markers) -> _Job:
     return _Job(source, target, plan, markers, options, tensors, block_bytes=0)
 
 
-def _refuse_nesting(source: Path, target: Path) -> None:
-    """An output in the source, around it or in its place could cost the source."""
-    a, b = source.resolve(), target.resolve()
-    if a == b or a in b.parents or b in a.parents:
-        raise ValueError(f"output: expected a place apart from the source {source}, found {target}")
+def _refuse_nesting(sources: list[Path], target: Path) -> None:
+    """An output in a source, around it or in its place could cost the source."""
+    b = target.resolve()
+    for source in sources:
+        a = source.resolve()
+        if a == b or a in b.parents or b in a.parents:
+            raise ValueError(
+                f"output: expected a place apart from the source {source}, found {target}"
+            )
 
 
 def _split(items: list, sizes: list[int], file_bytes: int) -> list[list]:
@@ -483,11 +489,11 @@ def _run(job: _Job) -> None:
     torch.set_num_threads(1)  # the workers are what runs side by side
     try:
         staging = Staging(job.target, job.plan, overwrite=options.overwrite, markers=job.markers)
-        with staging, _clear_errors(job):
-            notes = _take_up(job, staging)
-            left = [file for file in job.files if file.name not in notes]
-            _check_space(job, sum(file.num_bytes for file in left))
-            _write_files(job, staging, left, notes)
+        with staging, _clear_errors(job, staging):
+            _say_what_is_there(job, staging)
+            there = sum(file.num_bytes for file in job.files if staging.claims(file.name))
+            _check_space(job, job.num_bytes - there)
+            notes = _write_files(job, staging)
             job.progress.close()
             _refuse_nonfinite(job, notes)
             job.finish(staging, notes)
@@ -545,55 +551,69 @@ def _check_space(job: _Job, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def _clear_errors(job: _Job) -> Iterator[None]:
-    kept = staging_path(job.target)
-    hint = f"finished files are in {kept}: run the same command again to go on, or remove it"
+def _clear_errors(job: _Job, staging: Staging) -> Iterator[None]:
+    """Say what is left and what to do with it when a run ends early."""
+
+    def left() -> str:
+        if not staging.keeps_files:
+            return "nothing is left of it"
+        return (
+            f"finished files are in {staging.folder}: run the same command again to go on, or "
+            "remove it"
+        )
+
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConversionError(f"{job.target}: no space left on the disk; {hint}") from error
-        raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "no space left on the disk" if full else error
+        raise ConversionError(f"{job.target}: {what}; {left()}") from error
     except KeyboardInterrupt:
-        job.progress.say(f"stopped; {hint}")
+        job.progress.say(f"stopped; {left()}")
         raise
 
 
-def _take_up(job: _Job, staging: Staging) -> dict[str, dict]:
-    """The notes of files that an earlier run finished, once they are known to be whole."""
+def _say_what_is_there(job: _Job, staging: Staging) -> None:
     if staging.discarded:
         job.progress.say("what an earlier run left was made of other inputs or options; removed")
-    if not staging.resumed:
-        return {}
-    notes = {}
-    for file in job.files:
-        if (found := staging.finished(file.name)) is not None:
-            notes[file.name] = found
-            job.progress.skip(file.num_bytes)
-    if notes:
-        job.progress.say(f"going on: {len(notes)} of {len(job.files)} files are there and whole")
-    return notes
+    elif staging.resumed:
+        job.progress.say(f"going on with what an earlier run left in {staging.folder}")
 
 
-def _write_files(job: _Job, staging: Staging, files: list[_File], notes: dict[str, dict]) -> None:
+def _write_files(job: _Job, staging: Staging) -> dict[str, dict]:
+    """Write all files but those that an earlier run finished and that are whole; their notes."""
+    notes: dict[str, dict] = {}
+    taken_up = []
+
     def write(file: _File) -> None:
-        own: dict[str, Any] = {}
-        with staging.file(file.name, own) as out:
-            file.write(out, own)
+        if job.stop.is_set():
+            raise _Stopped
+        if (found := staging.finished(file.name)) is not None:
+            taken_up.append(file.name)
+            job.progress.skip(file.num_bytes)
+        else:
+            found = {}
+            with staging.file(file.name, found) as out:
+                file.write(out, found)
         # As they come back from a resumed run, so that nothing can depend on which it was.
-        notes[file.name] = json.loads(json.dumps(own))
+        notes[file.name] = json.loads(json.dumps(found))
 
     with ThreadPoolExecutor(job.options.workers) as pool:
-        futures = [pool.submit(write, file) for file in files]
+        futures = [pool.submit(write, file) for file in job.files]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             job.stop.set()
             pool.shutdown(cancel_futures=True)
-    errors = [f.exception() for f in futures if not f.cancelled() and f.exception()]
-    for error in errors:
-        if not isinstance(error, _Stopped):
+    for future in futures:
+        error = None if future.cancelled() else future.exception()
+        if error is not None and not isinstance(error, _Stopped):
             raise error
+    if taken_up:
+        job.progress.say(
+            f"going on: {len(taken_up)} of {len(job.files)} files were there and whole"
+        )
+    return notes
 
 
 def _refuse_nonfinite(job: _Job, notes: dict[str, dict]) -> None:

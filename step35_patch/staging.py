@@ -102,7 +102,7 @@ class Staging:
 
     def __exit__(self, *exception: Any) -> None:
         """Let go; what is finished stays for the next run."""
-        if not self._published and not self._old.exists() and not any(self._done.glob("*")):
+        if not self._published and not self._old.exists() and not self.keeps_files:
             self._remove()
         os.close(self._descriptor)
 
@@ -147,6 +147,15 @@ class Staging:
                 shutil.rmtree(self._old)
             else:
                 self._old.rename(self.target)
+
+    @property
+    def keeps_files(self) -> bool:
+        """Whether there is something for the next run to take up."""
+        return any(self._done.glob("**/*.json"))
+
+    def claims(self, name: str) -> bool:
+        """Whether an earlier run says that it finished a file, without a look at its bytes."""
+        return (self._done / f"{name}.json").exists()
 
     def finished(self, name: str) -> dict[str, Any] | None:
         """The notes of a file that an earlier run finished; None if it is not there as it was."""
@@ -222,6 +231,11 @@ def check_target(target: Path, overwrite: bool, markers: tuple[str, ...]) -> Non
         raise FileExistsError(
             f"{target}: expected a folder with {' or '.join(markers)} to overwrite, found something "
             "else; remove it yourself, or choose another output"
+        )
+    if training := sorted(path.name for path in target.glob("iter_*")):
+        raise FileExistsError(
+            f"{target}: expected a converted checkpoint to overwrite, found one of a training run "
+            f"({', '.join(training[:3])}); remove it yourself, or choose another output"
         )
 
 
