@@ -182,10 +182,10 @@ def convert_to_megatron(
     config = Step35Config.from_pretrained(source)
     folder = HfFolder(source, published_tensors(config))
     tensors = megatron_tensors(config, gate_layout)
-    dtype = options.dtype or hf_files.DTYPES[tensors[0].dtype]
+    dtype = options.dtype or getattr(torch, config.torch_dtype)
 
     def dtype_of(tensor: MegatronTensor) -> torch.dtype:
-        return torch.float32 if tensor.dtype == "F32" else dtype
+        return torch.float32 if tensor.is_router_bias else dtype
 
     def size(tensor: MegatronTensor, chunk: Chunk) -> int:
         return math.prod(chunk.sizes) * dtype_of(tensor).itemsize
@@ -195,16 +195,19 @@ def convert_to_megatron(
     job.plan |= {"to": "megatron", "gate_layout": gate_layout, "dtype": str(dtype)}
     job.block_bytes = 2 * max(size(*pair) for pair in pairs)
 
+    def block(run: Run, box: Box | None = None) -> Tensor:
+        return folder.block(run.name, run.start, run.num_elements)
+
     def write(part: Sequence[tuple], file: SummedFile, notes: dict[str, Any]) -> None:
         notes["places"] = []
         for tensor, chunk in part:
             blocks = []
             for run in chunk.runs:
-                block = folder.block(run.name, run.start, run.num_elements).to(dtype_of(tensor))
-                job.look_at(run.name, block, notes)
+                values = block(run).to(dtype_of(tensor))
+                job.look_at(run.name, values, notes)
                 if run.repeat > 1:
-                    block = block.view(-1, run.row).repeat_interleave(run.repeat, dim=0).view(-1)
-                blocks.append(block)
+                    values = values.view(-1, run.row).repeat_interleave(run.repeat, dim=0).view(-1)
+                blocks.append(values)
             # One run alone goes from the source's pages to the file as it is.
             whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
             start = file.size
@@ -245,7 +248,7 @@ def convert_to_megatron(
 
     def compare(staged: Path) -> Iterator[str]:
         written = MegatronCheckpoint(staged, config)
-        yield from _differences(folder, written, written.runs, dtype)
+        yield from _differences(written.runs, block, written.block, dtype)
 
     job.finish, job.compare = finish, compare
     _run(job)
@@ -360,13 +363,12 @@ def convert_to_hf(
 
     def compare(staged: Path) -> Iterator[str]:
         written = HfFolder(staged, infos)
-        yield from _differences(written, source, source.runs, dtype)
-        for info in infos:
-            if info.name not in source.runs:
-                count = info.num_elements
-                wanted = untrained.block(info.name, 0, count).to(hf_files.DTYPES[info.dtype])
-                if not _same_bits(written.block(info.name, 0, count), wanted):
-                    yield info.name
+        yield from _differences(
+            runs,
+            block,
+            lambda run, box: written.block(run.name, run.start, run.num_elements),
+            dtype,
+        )
 
     job.finish, job.compare = finish, compare
     if not source.folder.has_sums:
@@ -451,25 +453,23 @@ def _bind(write: Callable, part: Sequence) -> Callable[[SummedFile, dict[str, An
 
 
 def _differences(
-    folder: HfFolder, megatron: MegatronCheckpoint, runs: dict, dtype: torch.dtype
+    runs: dict[str, list[tuple[Run, Box]]],
+    source: Callable[[Run, Box], Tensor],
+    written: Callable[[Run, Box], Tensor],
+    dtype: torch.dtype,
 ) -> Iterator[str]:
-    """The names of tensors whose bits differ, once both are in `dtype`."""
+    """The names of tensors that are not written as the source has them, in `dtype`."""
     for name, pairs in runs.items():
-        # Where nothing is converted, neither side's bits change.
-        as_written = torch.float32 if name.endswith("moe.router_bias") else dtype
-        if not all(
-            _same_bits(
-                folder.block(name, run.start, run.num_elements).to(as_written),
-                megatron.block(run, box).to(as_written),
-            )
-            for run, box in pairs
-        ):
+        wanted = torch.float32 if name.endswith("moe.router_bias") else dtype
+        if not all(_same_bits(source(*pair).to(wanted), written(*pair)) for pair in pairs):
             yield name
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     # As numbers, NaN would differ from itself and 0 not from -0.
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
 
 
 def _run(job: _Job) -> None:
@@ -489,7 +489,7 @@ def _run(job: _Job) -> None:
     torch.set_num_threads(1)  # the workers are what runs side by side
     try:
         staging = Staging(job.target, job.plan, overwrite=options.overwrite, markers=job.markers)
-        with staging, _clear_errors(job, staging):
+        with _clear_errors(job, staging), staging:
             _say_what_is_there(job, staging)
             there = sum(file.num_bytes for file in job.files if staging.claims(file.name))
             _check_space(job, job.num_bytes - there)
@@ -521,15 +521,17 @@ def _plan_text(job: _Job) -> str:
 
 def _estimate(job: _Job) -> str:
     """The time that the bytes need at the rate at which the output's disk takes some."""
-    amount, place = 2**28, _existing(job.target)
-    data = os.urandom(2**24)
+    place = _existing(job.target)
+    free = shutil.disk_usage(place).free
+    amount = min(2**28, free // 4)
+    data = os.urandom(min(2**24, amount))
     began = time.monotonic()
     with tempfile.TemporaryFile(dir=place) as file:
-        for _ in range(amount // len(data)):
+        for _ in range(amount // max(len(data), 1)):
             file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    rate = amount / (time.monotonic() - began)
+    rate = max(amount, 1) / (time.monotonic() - began)
     return (
         f"nothing is written (dry run); at {readable_bytes(rate)}/s, measured at the output, it "
         f"takes about {readable_seconds(job.num_bytes / rate)}"
@@ -555,6 +557,8 @@ def _clear_errors(job: _Job, staging: Staging) -> Iterator[None]:
     """Say what is left and what to do with it when a run ends early."""
 
     def left() -> str:
+        if staging.published:
+            return "the output is in place"
         if not staging.keeps_files:
             return "nothing is left of it"
         return (
@@ -564,6 +568,8 @@ def _clear_errors(job: _Job, staging: Staging) -> Iterator[None]:
 
     try:
         yield
+    except FileExistsError:
+        raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "no space left on the disk" if full else error
@@ -633,6 +639,7 @@ def _check_output(job: _Job, staging: Staging) -> None:
         with open(staging.out / file.name, "rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk
     if different := list(job.compare(staging.out)):
+        staging.forget_files()
         raise ConversionError(
             f"{job.target}: not what the source holds:\n  "
             + "\n  ".join(different)

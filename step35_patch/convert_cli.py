@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -138,23 +140,26 @@ def _to_hf(options: argparse.Namespace) -> int:
     return _run(convert)
 
 
-def _run(convert: Any) -> int:
+def _run(convert: Callable[[], None]) -> int:
     """0; 1 with the reason if it can't be done; 130 if it was interrupted."""
-    from step35_patch.convert import ConversionError
-    from step35_patch.staging import OutputBusyError
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)  # as batch systems end a job
     try:
-        convert()
+        from step35_patch.convert import ConversionError
+        from step35_patch.staging import OutputBusyError
+
+        try:
+            convert()
+        # CheckpointError, DriftedGateError and Step35ConfigError are ValueErrors.
+        except (ValueError, OSError, ConversionError, OutputBusyError) as error:
+            with contextlib.suppress(BrokenPipeError):
+                print(error, file=sys.stderr, flush=True)
+            return 1
     except KeyboardInterrupt:
         return 130
-    # CheckpointError, DriftedGateError and Step35ConfigError are ValueErrors.
-    except (ValueError, OSError, ConversionError, OutputBusyError) as error:
-        print(error, file=sys.stderr)
-        return 1
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     return 0

@@ -75,6 +75,8 @@ class HfFolder:
         try:
             weight_map = json.loads((self.path / INDEX).read_text("utf-8"))["weight_map"]
             names = sorted(set(weight_map.values()))
+            if not all(isinstance(name, str) for name in names):
+                raise TypeError("names of files that are no text")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{INDEX}: expected an object with a weight_map, found: {error!r}")
             return []

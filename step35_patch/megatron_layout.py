@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from step35_patch.inventory import SAFETENSORS_DTYPES
 from step35_patch.plan import LayerPlan
 
 if TYPE_CHECKING:
@@ -72,16 +71,16 @@ class MegatronTensor:
     Attributes:
         key: Its name in the checkpoint.
         shape: Its sizes over all ranks, without padding of the vocabulary.
-        dtype: safetensors' name of the dtype it has if nothing is converted.
-        is_vocabulary: Whether a checkpoint may have more rows, which are padding.
         chunks: They cover it, without overlap.
+        is_vocabulary: Whether a checkpoint may have more rows, which are padding.
+        is_router_bias: Whether it is fp32 whatever dtype the model has.
     """
 
     key: str
     shape: tuple[int, ...]
-    dtype: str
-    is_vocabulary: bool
     chunks: tuple[Chunk, ...]
+    is_vocabulary: bool = False
+    is_router_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,6 @@ def megatron_tensors(config: Step35Config, gate_layout: str) -> tuple[MegatronTe
 class _Tensors:
     def __init__(self, config: Step35Config, gate_layout: str):
         self.config, self.gate_layout = config, gate_layout
-        self.dtype = SAFETENSORS_DTYPES[config.torch_dtype]
 
     def all(self) -> Iterator[MegatronTensor]:
         config = self.config
@@ -168,7 +166,7 @@ class _Tensors:
         router, moe = f"{key}mlp.router.", f"{published}moe."
         yield self._same(f"{router}weight", f"{moe}gate.weight", (experts, hidden))
         bias = self._same(f"{router}expert_bias", f"{moe}router_bias", (experts,))
-        yield MegatronTensor(bias.key, bias.shape, "F32", False, bias.chunks)
+        yield replace(bias, is_router_bias=True)
         yield from self._experts(f"{key}mlp.experts.experts.", moe)
         shared = (f"{key}mlp.shared_experts.", f"{published}share_expert.")
         yield from self._mlp(*shared, config.share_expert_dim)
@@ -182,7 +180,7 @@ class _Tensors:
             Chunk((first, *[0] * len(shape[1:])), (run.rows, *shape[1:]), (run,))
             for first, run in _runs(name, rows, row)
         )
-        return MegatronTensor(key, shape, self.dtype, is_vocabulary, chunks)
+        return MegatronTensor(key, shape, chunks, is_vocabulary)
 
     def _mlp(self, key: str, published: str, inner: int) -> Iterator[MegatronTensor]:
         hidden = self.config.hidden_size
@@ -192,7 +190,7 @@ class _Tensors:
             for first, run in _runs(f"{published}{name}.weight", inner, hidden)
         )
         shape = (2 * inner, hidden)
-        yield MegatronTensor(f"{key}linear_fc1.weight", shape, self.dtype, False, chunks)
+        yield MegatronTensor(f"{key}linear_fc1.weight", shape, chunks)
         down = f"{published}down_proj.weight"
         yield self._same(f"{key}linear_fc2.weight", down, (hidden, inner))
 
@@ -214,10 +212,10 @@ class _Tensors:
             for half, name in enumerate(("gate_proj", "up_proj"))
         )
         shape = (experts, 2 * inner, hidden)
-        yield MegatronTensor(f"{key}linear_fc1.weight", shape, self.dtype, False, fc1)
+        yield MegatronTensor(f"{key}linear_fc1.weight", shape, fc1)
         fc2 = tuple(chunk(expert, 0, "down_proj", hidden, inner) for expert in range(experts))
         shape = (experts, hidden, inner)
-        yield MegatronTensor(f"{key}linear_fc2.weight", shape, self.dtype, False, fc2)
+        yield MegatronTensor(f"{key}linear_fc2.weight", shape, fc2)
 
     def _qkv(self, plan: LayerPlan, key: str, published: str) -> MegatronTensor:
         """Rows by query group, [q | gate | k | v]; the gate's layouts: see gate_layout.py."""
@@ -242,7 +240,7 @@ class _Tensors:
             )
             chunks.append(Chunk((group * of_group, 0), (of_group, hidden), runs))
         shape = (groups * of_group, hidden)
-        return MegatronTensor(key, shape, self.dtype, False, tuple(chunks))
+        return MegatronTensor(key, shape, tuple(chunks))
 
 
 def _runs(name: str, rows: int, row: int) -> Iterator[tuple[int, Run]]:

@@ -112,7 +112,7 @@ class MegatronCheckpoint:
                 shape = (wanted[0], *shape[1:])
             if shape != wanted:
                 problems.append(f"{tensor.key}: shape {found.shape}, expected {wanted}")
-            dtype = torch.float32 if tensor.dtype == "F32" else self.dtype
+            dtype = torch.float32 if tensor.is_router_bias else self.dtype
             if found.dtype != dtype:
                 problems.append(f"{tensor.key}: dtype {found.dtype}, expected {dtype}")
         known = {tensor.key for tensor in tensors}

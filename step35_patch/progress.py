@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -82,22 +83,25 @@ class Progress:
         )
         if self._terminal:
             bar = "#" * round(share * _BAR_WIDTH)
-            self._stream.write(f"\r[{bar:<{_BAR_WIDTH}}] {text}\x1b[K")
+            self._write(f"\r[{bar:<{_BAR_WIDTH}}] {text}\x1b[K")
         else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+            self._write(text + "\n")
+
+    def _write(self, text: str) -> None:
+        # Whoever read it may have gone away, which is no reason to stop.
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.write(text)
+            self._stream.flush()
 
     def say(self, text: str) -> None:
         """Print a line."""
         with self._lock:
             clear = "\r\x1b[K" if self._terminal else ""
-            self._stream.write(f"{clear}{text}\n")
-            self._stream.flush()
+            self._write(f"{clear}{text}\n")
 
     def close(self) -> None:
         """End the bar's line."""
         with self._lock:
             if self._terminal:
                 self._show(time.monotonic())
-                self._stream.write("\n")
-                self._stream.flush()
+                self._write("\n")

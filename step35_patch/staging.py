@@ -4,9 +4,9 @@ The output of `name` is built in `.name.converting` beside it:
 
     lock        held with flock by the run that writes; the system lets go of it if the run dies
     plan.json   what the output is made of; other contents make what is staged worthless
-    done/       for each finished file its size, CRC-32 and notes
+    done/       for each finished file its notes (size and CRC-32 among them) and their CRC-32
     out/        the output; a file that is not finished ends in .partial
-    old/        the former output, for the moment in which it is replaced
+    old/        the former output, for the moment in which it is replaced; then removed/
 
 When all is there, `out` is renamed to `name` and the rest is removed.
 """
@@ -66,6 +66,7 @@ class Staging:
         out: the folder to become the target.
         resumed: whether files of an earlier run with the same plan are there.
         discarded: whether files of an earlier run with another plan were removed.
+        published: whether `out` has become the target.
 
     Raises:
         FileExistsError: `target` exists and may not be replaced.
@@ -75,10 +76,10 @@ class Staging:
 
     def __init__(self, target: Path, plan: Any, *, overwrite: bool, markers: tuple[str, ...]):
         self.target, self.overwrite, self._markers = target, overwrite, markers
-        self._plan = json.dumps(plan, indent=1, sort_keys=True)
+        self._plan = json.dumps(plan, indent=1, sort_keys=True).encode()
         self.folder = staging_path(target)
         self.out, self._done, self._old = (self.folder / n for n in ("out", "done", "old"))
-        self.resumed = self.discarded = self._published = False
+        self.resumed = self.discarded = self.published = False
 
     def __enter__(self) -> Staging:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,14 +88,16 @@ class Staging:
             self._restore()
             check_target(self.target, self.overwrite, self._markers)
             plan = self.folder / "plan.json"
-            self.resumed = plan.exists() and plan.read_text("utf-8") == self._plan
+            self.resumed = plan.exists() and plan.read_bytes() == self._plan
             if not self.resumed:
                 self.discarded = self._done.exists()
                 for stale in (self.out, self._done):
                     shutil.rmtree(stale, ignore_errors=True)
-                _write_whole(plan, self._plan.encode())
+                _write_whole(plan, self._plan)
             self.out.mkdir(exist_ok=True)
             self._done.mkdir(exist_ok=True)
+            for partial in self.out.rglob("*.partial"):  # of a run that was killed
+                partial.unlink()
         except BaseException:
             self.__exit__()
             raise
@@ -102,7 +105,7 @@ class Staging:
 
     def __exit__(self, *exception: Any) -> None:
         """Let go; what is finished stays for the next run."""
-        if not self._published and not self._old.exists() and not self.keeps_files:
+        if not self.published and not self._old.exists() and not self.keeps_files:
             self._remove()
         os.close(self._descriptor)
 
@@ -144,9 +147,21 @@ class Staging:
         """Undo a replacement that was cut short, or end one that was not."""
         if self._old.exists():
             if self.target.exists():
-                shutil.rmtree(self._old)
+                self._remove_old()
             else:
                 self._old.rename(self.target)
+
+    def _remove_old(self) -> None:
+        """Remove the former output, under another name: half of it must not be restored."""
+        removed = self.folder / "removed"
+        shutil.rmtree(removed, ignore_errors=True)
+        self._old.rename(removed)
+        shutil.rmtree(removed)
+
+    def forget_files(self) -> None:
+        """Let the next run write all files again, because these are not what they should be."""
+        shutil.rmtree(self._done)
+        self._done.mkdir()
 
     @property
     def keeps_files(self) -> bool:
@@ -160,7 +175,10 @@ class Staging:
     def finished(self, name: str) -> dict[str, Any] | None:
         """The notes of a file that an earlier run finished; None if it is not there as it was."""
         try:
-            notes = json.loads((self._done / f"{name}.json").read_text("utf-8"))
+            crc, text = (self._done / f"{name}.json").read_bytes().split(b"\n", 1)
+            if zlib.crc32(text) != int(crc):
+                raise ValueError("damaged")
+            notes = json.loads(text)
             file = MappedFile(self.out / name)
             if (file.size, file.crc32(0, file.size)) == (notes["size"], notes["crc32"]):
                 return notes
@@ -194,7 +212,8 @@ class Staging:
         notes |= {"size": file.size, "crc32": file.crc}
         done = self._done / f"{name}.json"
         done.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(done, json.dumps(notes).encode())
+        text = json.dumps(notes).encode()
+        _write_whole(done, b"%d\n%s" % (zlib.crc32(text), text))
 
     def small_file(self, name: str, data: bytes) -> None:
         """Write a file that is made anew by each run."""
@@ -208,9 +227,18 @@ class Staging:
         _sync_folders(self.out)
         if self.target.exists():
             self.target.rename(self._old)
-        self.out.rename(self.target)
+        try:
+            self.out.rename(self.target)
+        except BaseException:
+            if not self.out.exists():  # interrupted right behind it
+                self.published = True
+            else:
+                self._restore()
+            raise
+        self.published = True
         _sync_folders(self.target.parent, deep=False)
-        self._published = True
+        if self._old.exists():
+            self._remove_old()
         self._remove()
 
 
@@ -241,11 +269,15 @@ def check_target(target: Path, overwrite: bool, markers: tuple[str, ...]) -> Non
 
 def _write_whole(path: Path, data: bytes) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folders(folder: Path, deep: bool = True) -> None:

@@ -13,6 +13,7 @@ import io
 import math
 import os
 import pickle
+import resource
 import threading
 import zipfile
 import zlib
@@ -101,6 +102,24 @@ class _InertUnpickler(pickle.Unpickler):
         return pid
 
 
+def _load_inert(data: bytes) -> Any:
+    """Unpickle; damaged data that asks for absurd amounts of memory gets none.
+
+    Raises:
+        Exception: any, if the data is damaged.
+    """
+    pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + 2**28 + 64 * len(data)
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        return _InertUnpickler(io.BytesIO(data)).load()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 @dataclass(frozen=True, slots=True)
 class _Place:
     """A record in a file."""
@@ -165,9 +184,9 @@ class TorchDistFolder:
     def _read_metadata(self) -> dict[str, StoredTensor]:
         file = self.path / METADATA
         try:
-            metadata = _InertUnpickler(io.BytesIO(file.read_bytes())).load()
+            metadata = _load_inert(file.read_bytes())
             places = {
-                (index.fqn, getattr(index, "offset", None)): _place(info)
+                (index.fqn, getattr(index, "offset", None)): _place(index.fqn, info)
                 for index, info in metadata.storage_data.items()
             }
             tensors = {}
@@ -175,12 +194,19 @@ class TorchDistFolder:
                 if not hasattr(entry, "chunks"):
                     self._bytes[key] = places[key, None]
                     continue
+                dimensions = len(entry.size)
                 chunks = tuple(
-                    StoredChunk(chunk.offsets, chunk.sizes, places[key, chunk.offsets])
+                    StoredChunk(
+                        _numbers(key, chunk.offsets, dimensions),
+                        _numbers(key, chunk.sizes, dimensions),
+                        places[key, chunk.offsets],
+                    )
                     for chunk in entry.chunks
                 )
                 dtype = entry.properties.state[0]  # TensorProperties pickles itself as a tuple
-                tensors[key] = StoredTensor(key, entry.size, dtype, chunks)
+                tensors[key] = StoredTensor(
+                    key, _numbers(key, entry.size, dimensions), dtype, chunks
+                )
         except FileNotFoundError:
             raise CheckpointError(self.path, [f"{METADATA}: missing"]) from None
         except Exception as error:  # a damaged pickle can raise anything
@@ -189,6 +215,8 @@ class TorchDistFolder:
         named = {place.file for place in places.values()}
         if outside := sorted(name for name in named if Path(name).name != name):
             problems = [f"{METADATA}: {name!r} leaves the folder" for name in outside]
+            raise CheckpointError(self.path, problems)
+        if problems := _overlapping(tensors.values()):
             raise CheckpointError(self.path, problems)
         return tensors
 
@@ -202,6 +230,8 @@ class TorchDistFolder:
                 state = _Archive(view).object()[0]
             else:
                 return None
+            if not isinstance(state, dict):
+                raise TypeError(f"expected a dictionary, found {type(state).__name__}")
         except Exception as error:  # a damaged pickle can raise anything
             problem = f"the common state is not readable: {error!r}"
             raise CheckpointError(self.path, [problem]) from error
@@ -316,12 +346,43 @@ def _make_up(tensor: StoredTensor) -> bool:
     return True
 
 
-def _place(info: Any) -> _Place:
+def _place(key: str, info: Any) -> _Place:
     if getattr(info, "transform_descriptors", None):
-        raise ValueError(
-            f"records transformed by {info.transform_descriptors}, expected plain ones"
+        raise ValueError(f"{key}: transformed by {info.transform_descriptors}, expected as it is")
+    if not isinstance(info.relative_path, str):
+        raise ValueError(f"{key}: expected a file's name, found {info.relative_path!r}")
+    return _Place(info.relative_path, *_numbers(key, (info.offset, info.length), 2))
+
+
+def _numbers(key: str, values: Any, count: int) -> tuple[int, ...]:
+    """The values, if they are so many whole numbers."""
+    if (
+        not isinstance(values, tuple)
+        or len(values) != count
+        or not all(type(number) is int and number >= 0 for number in values)
+    ):
+        raise ValueError(f"{key}: expected {count} whole numbers, found {values!r}")
+    return values
+
+
+def _overlapping(tensors: Iterable[StoredTensor]) -> list[str]:
+    """What is wrong with records that reach into others, or stand for two chunks."""
+    ordered = sorted(
+        (
+            (chunk.place.file, chunk.place.offset, chunk.place.length, tensor.key)
+            for tensor in tensors
+            for chunk in tensor.chunks
+        ),
+    )
+    return list(
+        dict.fromkeys(
+            f"{one}: in {file}: its record overlaps one of {other}"
+            for (file, start, length, one), (next_file, next_start, _, other) in zip(
+                ordered, ordered[1:]
+            )
+            if file == next_file and start + length > next_start
         )
-    return _Place(info.relative_path, info.offset, info.length)
+    )
 
 
 def _iteration_folder(path: Path) -> Path:
@@ -334,7 +395,7 @@ def _iteration_folder(path: Path) -> Path:
         raise CheckpointError(
             path, [f"expected {TRACKER} or {METADATA} of a torch_dist checkpoint, found {found}"]
         )
-    text = tracker.read_text("utf-8").strip()
+    text = tracker.read_bytes().decode("utf-8", "replace").strip()
     if text != RELEASE and not text.isdecimal():
         raise CheckpointError(path, [f"{TRACKER}: expected an iteration, found {text!r}"])
     folder = path / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
@@ -380,7 +441,7 @@ class _Archive:
         data = bytes(self._data[start : start + member.file_size])
         if self.has_sums and zlib.crc32(data) != member.CRC:
             raise ValueError("damaged record: check sum of data.pkl")
-        return _InertUnpickler(io.BytesIO(data)).load()
+        return _load_inert(data)
 
     def find(self, name: str) -> tuple[zipfile.ZipInfo, int]:
         """A member, and where its bytes begin: behind a header whose size the directory lacks."""

@@ -406,9 +406,12 @@ def test_drifted_gates_are_refused_or_averaged(case, tmp_path):
     assert not torch.equal(gate, weights[name])
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
-def test_dtype_is_converted_on_request(case, tmp_path, direction):
-    _, weights, hf = case
+def test_dtype_is_converted_on_request(tmp_path, direction, dtype):
+    config = tiny_config(torch_dtype=dtype)
+    weights = weights_of(config)
+    hf = write_hf_folder(tmp_path / "hf", config, weights)
     half = dataclasses.replace(SMALL_FILES, dtype=torch.float16, check=True)
     first, second = (half, SMALL_FILES) if direction == "to-megatron" else (SMALL_FILES, half)
     convert_to_megatron(hf, tmp_path / "m", gate_layout="expanded", options=first)
@@ -418,6 +421,22 @@ def test_dtype_is_converted_on_request(case, tmp_path, direction):
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["torch_dtype"] == "float16"
     assert Step35Config.from_pretrained(tmp_path / "back").torch_dtype == "float16"
+
+
+def test_checkpoint_of_another_dtype_than_the_config(tmp_path):
+    """As of a run with --bf16 of a config in fp32: what is stored is what is written."""
+    config = tiny_config(torch_dtype="float32")
+    weights = weights_of(config)
+    hf = write_hf_folder(tmp_path / "hf", config, weights)
+    options = Options(dtype=torch.bfloat16)
+    convert_to_megatron(hf, tmp_path / "m", options=options)
+    stored = dcp_tensors(tmp_path / "m" / "release")
+    assert {value.dtype for name, value in stored.items() if "expert_bias" not in name} == {
+        torch.bfloat16
+    }
+    convert_to_hf(tmp_path / "m", tmp_path / "back", hf_dir=hf, options=Options(check=True))
+    wanted = {n: t if n.endswith("router_bias") else t.bfloat16() for n, t in weights.items()}
+    assert_same(read(tmp_path / "back"), wanted)
 
 
 def test_other_files_are_copied_along(case, tmp_path):
