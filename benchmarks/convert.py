@@ -118,13 +118,14 @@ def compare(source: Path, work: Path, arguments: list[str], rounds: int, row: di
     rows = []
     for number in range(rounds):
         seconds = {}
-        for what in ("cp", "convert") if number % 2 == 0 else ("convert", "cp"):
+        # The last round ends with a conversion, which stays.
+        for what in ("cp", "convert") if (rounds - number) % 2 else ("convert", "cp"):
+            shutil.rmtree(out, ignore_errors=True)
             if what == "cp":
                 shell = 'cp -r "$0" "$1" && sync -f "$1"'
                 seconds[what], _ = timed(["sh", "-c", shell, str(source), str(copy)])
                 shutil.rmtree(copy)
             else:
-                shutil.rmtree(out, ignore_errors=True)
                 seconds[what], peak = timed(convert)
         rows.append(
             row

@@ -69,6 +69,12 @@ class MappedFile:
             self.release(start, end - start)
         return crc
 
+    def prefetch(self, offset: int, length: int) -> None:
+        """Let the system read a range while this process does something else."""
+        begin = offset - offset % mmap.PAGESIZE
+        if begin < self.size and hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_WILLNEED, begin, min(offset + length, self.size) - begin)
+
     def release(self, offset: int = 0, length: int | None = None) -> None:
         """Take pages out of this process's memory; they are read again when needed."""
         length = self.size - offset if length is None else length
