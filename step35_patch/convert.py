@@ -1,25 +1,17 @@
 """The published checkpoint to Megatron's torch_dist format and back, in little memory.
 
 Both directions copy runs of rows (`megatron_layout`) from memory-mapped files into new ones, a few
-files at a time. Nothing needs a GPU or a process group. The output is staged (`staging`): it
-appears whole or not at all, and a run that was killed is gone on with.
+files at a time (`conversion_run`). Nothing needs a GPU or a process group. The output is staged
+(`staging`): it appears whole or not at all, and a run that was killed is gone on with.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import math
 import os
-import shutil
-import tempfile
-import threading
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -30,6 +22,14 @@ from torch import Tensor
 import step35_patch
 from step35_patch import hf_files, torch_dist
 from step35_patch.config import Step35Config
+from step35_patch.conversion_run import (
+    ConversionError,
+    Job,
+    Options,
+    OutputFile,
+    run_job,
+    split_into_files,
+)
 from step35_patch.hf_files import HfFolder
 from step35_patch.inventory import TensorInfo, published_tensors
 from step35_patch.megatron_layout import (
@@ -42,112 +42,16 @@ from step35_patch.megatron_layout import (
     published_runs,
 )
 from step35_patch.megatron_source import MegatronCheckpoint
-from step35_patch.progress import Progress, peak_memory, readable_bytes, readable_seconds
-from step35_patch.staging import Staging, SummedFile, check_target
+from step35_patch.staging import Staging, SummedFile
 
-DEFAULT_WORKERS = 2
+__all__ = ["ConversionError", "Options", "convert_to_hf", "convert_to_megatron"]
+
 # A torch_dist file is also what a resumed run takes up again, and what a worker has to itself.
 MEGATRON_FILE_BYTES, HF_SHARD_BYTES = 2 * 10**9, 5 * 10**9
 _EMPTY_STATES = "__0_0.distcp"
 _MEGATRON_MARKERS = (f"{torch_dist.RELEASE}/{torch_dist.METADATA}",)
 # Files of a folder in the published layout that are weights in some format, and not copied along.
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".npz")
-
-
-class ConversionError(RuntimeError):
-    """A conversion that can't be done, or was not; nothing is at the output."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What both directions have in common.
-
-    Attributes:
-        dtype: of the written weights (routers' biases stay fp32); as they are by default.
-        file_bytes: a file is closed before it would grow past this.
-        workers: files that are written at a time.
-        overwrite: replace a checkpoint at the output.
-        check: read the output again before it appears, and compare it with the source.
-        allow_nonfinite: go on with weights that are NaN or Inf.
-        dry_run: only say what would be done.
-    """
-
-    dtype: torch.dtype | None = None
-    file_bytes: int | None = None
-    workers: int = DEFAULT_WORKERS
-    overwrite: bool = False
-    check: bool = False
-    allow_nonfinite: bool = False
-    dry_run: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("workers", "file_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, found {value}")
-
-
-@dataclass
-class _File:
-    """A file of the output: its name, the bytes of its weights, and who writes it."""
-
-    name: str
-    num_bytes: int
-    write: Callable[[SummedFile, dict[str, Any]], None]
-
-
-@dataclass
-class _Job:
-    """One conversion.
-
-    Attributes:
-        source, target: folders.
-        plan: see `Staging`.
-        markers: see `Staging`.
-        notice: what the user should know of the source.
-        files: of weights.
-        block_bytes: the most that one worker has in memory at a time, without mapped pages.
-        finish: writes the small files, when those with weights are there.
-        compare: yields the names of published tensors that are not the source's in a folder.
-        tensors: published tensors.
-    """
-
-    source: Path
-    target: Path
-    plan: dict[str, Any]
-    markers: tuple[str, ...]
-    options: Options
-    tensors: int
-    block_bytes: int
-    notice: str = ""
-    files: list[_File] = field(default_factory=list)
-    finish: Callable[[Staging, dict[str, dict]], None] = lambda staging, notes: None
-    compare: Callable[[Path], Iterator[str]] = lambda folder: iter(())
-    stop: threading.Event = field(default_factory=threading.Event)
-    progress: Progress | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(file.num_bytes for file in self.files)
-
-    def look_at(self, name: str, tensor: Tensor, notes: dict[str, Any]) -> None:
-        """Note NaN and Inf in values to be written."""
-        # A sum is NaN or Inf if one of its terms is; finite terms can only make it overflow.
-        if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
-            notes.setdefault("nonfinite", [])
-            if name not in notes["nonfinite"]:
-                notes["nonfinite"].append(name)
-                self.progress.say(f"{name}: has NaN or Inf")
-
-    def count(self, num_bytes: int) -> None:
-        """Tell of bytes that were written, and stop here if the run is to end."""
-        self.progress.add(num_bytes)
-        if self.stop.is_set():
-            raise _Stopped
-
-
-class _Stopped(Exception):
-    """Another worker failed, or the user has had enough."""
 
 
 # --- To Megatron --------------------------------------------------------------------------------
@@ -215,11 +119,13 @@ def convert_to_megatron(
             notes["places"].append((start, file.size - start))
             job.count(size(tensor, chunk))
 
-    parts = _split(pairs, [size(*p) for p in pairs], options.file_bytes or MEGATRON_FILE_BYTES)
+    parts = split_into_files(
+        pairs, [size(*p) for p in pairs], options.file_bytes or MEGATRON_FILE_BYTES
+    )
     names = [f"{torch_dist.RELEASE}/__0_{n}.distcp" for n in range(1, len(parts) + 1)]
     for name, part in zip(names, parts):
         num_bytes = sum(size(*pair) for pair in part)
-        job.files.append(_File(name, num_bytes, _bind(write, part)))
+        job.files.append(OutputFile(name, num_bytes, _bind(write, part)))
 
     def finish(staging: Staging, notes: dict[str, dict]) -> None:
         empty = BytesIO()
@@ -251,7 +157,7 @@ def convert_to_megatron(
         yield from _differences(written.runs, block, written.block, dtype)
 
     job.finish, job.compare = finish, compare
-    _run(job)
+    run_job(job)
 
 
 def _common_state(config: Step35Config, gate_layout: str) -> bytes:
@@ -347,10 +253,12 @@ def convert_to_hf(
                 file.write(data)
                 job.count(len(data))
 
-    parts = _split(infos, [i.num_bytes for i in infos], options.file_bytes or HF_SHARD_BYTES)
+    parts = split_into_files(
+        infos, [i.num_bytes for i in infos], options.file_bytes or HF_SHARD_BYTES
+    )
     names = [f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, len(parts) + 1)]
     for name, part in zip(names, parts):
-        job.files.append(_File(name, sum(info.num_bytes for info in part), _bind(write, part)))
+        job.files.append(OutputFile(name, sum(info.num_bytes for info in part), _bind(write, part)))
 
     def finish(staging: Staging, notes: dict[str, dict]) -> None:
         for path in copied:
@@ -373,7 +281,7 @@ def convert_to_hf(
     job.finish, job.compare = finish, compare
     if not source.folder.has_sums:
         job.notice = "the checkpoint was saved without check sums: damage to it would go unnoticed"
-    _run(job)
+    run_job(job)
 
 
 def _untrained(source: MegatronCheckpoint, mtp_from: str | os.PathLike | None) -> HfFolder | None:
@@ -408,7 +316,7 @@ def _files_to_copy(folder: Path) -> list[Path]:
 # --- Both ---------------------------------------------------------------------------------------
 
 
-def _job(source, target, options, config, inputs, markers) -> _Job:
+def _job(source, target, options, config, inputs, markers) -> Job:
     plan = {
         "step35_patch": step35_patch.__version__,
         "torch": torch.__version__,
@@ -421,7 +329,7 @@ def _job(source, target, options, config, inputs, markers) -> _Job:
         ],
     }
     tensors = len(published_tensors(config))
-    return _Job(source, target, plan, markers, options, tensors, block_bytes=0)
+    return Job(source, target, plan, markers, options, tensors, block_bytes=0)
 
 
 def _refuse_nesting(sources: list[Path], target: Path) -> None:
@@ -433,19 +341,6 @@ def _refuse_nesting(sources: list[Path], target: Path) -> None:
             raise ValueError(
                 f"output: expected a place apart from the source {source}, found {target}"
             )
-
-
-def _split(items: list, sizes: list[int], file_bytes: int) -> list[list]:
-    """The items in order, in as many files as their sizes ask for."""
-    parts: list[list] = []
-    filled = 0
-    for item, size in zip(items, sizes):
-        if not parts or filled + size > file_bytes:
-            parts.append([])
-            filled = 0
-        parts[-1].append(item)
-        filled += size
-    return parts
 
 
 def _bind(write: Callable, part: Sequence) -> Callable[[SummedFile, dict[str, Any]], None]:
@@ -470,179 +365,3 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(
         a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
     )
-
-
-def _run(job: _Job) -> None:
-    """Convert: write what is missing, check, publish and tell."""
-    base, began = peak_memory(), time.monotonic()
-    options = job.options
-    check_target(job.target, options.overwrite, job.markers)
-    job.progress = Progress(job.num_bytes)
-    job.progress.say(_plan_text(job))
-    if job.notice:
-        job.progress.say(job.notice)
-    if options.dry_run:
-        _check_space(job, job.num_bytes)
-        job.progress.say(_estimate(job))
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the workers are what runs side by side
-    try:
-        staging = Staging(job.target, job.plan, overwrite=options.overwrite, markers=job.markers)
-        with _clear_errors(job, staging), staging:
-            _say_what_is_there(job, staging)
-            there = sum(file.num_bytes for file in job.files if staging.claims(file.name))
-            _check_space(job, job.num_bytes - there)
-            notes = _write_files(job, staging)
-            job.progress.close()
-            _refuse_nonfinite(job, notes)
-            job.finish(staging, notes)
-            if options.check:
-                _check_output(job, staging)
-            staging.publish()
-    finally:
-        torch.set_num_threads(threads)
-    seconds = time.monotonic() - began
-    job.progress.say(
-        f"{job.target}: {job.tensors} tensors, {readable_bytes(job.num_bytes)} in "
-        f"{len(job.files)} files, {seconds:.1f} s, {job.num_bytes / seconds / 1e9:.2f} GB/s, "
-        f"peak memory {readable_bytes(peak_memory() - base)} above the start"
-    )
-
-
-def _plan_text(job: _Job) -> str:
-    workers = min(job.options.workers, len(job.files))
-    memory = workers * job.block_bytes + 2**28
-    return (
-        f"{job.source} -> {job.target}: {job.tensors} tensors, {readable_bytes(job.num_bytes)}, "
-        f"{len(job.files)} files, {workers} at a time, about {readable_bytes(memory)} of memory"
-    )
-
-
-def _estimate(job: _Job) -> str:
-    """The time that the bytes need at the rate at which the output's disk takes some."""
-    place = _existing(job.target)
-    free = shutil.disk_usage(place).free
-    amount = min(2**28, free // 4)
-    data = os.urandom(min(2**24, amount))
-    began = time.monotonic()
-    with tempfile.TemporaryFile(dir=place) as file:
-        for _ in range(amount // max(len(data), 1)):
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    rate = max(amount, 1) / (time.monotonic() - began)
-    return (
-        f"nothing is written (dry run); at {readable_bytes(rate)}/s, measured at the output, it "
-        f"takes about {readable_seconds(job.num_bytes / rate)}"
-    )
-
-
-def _existing(path: Path) -> Path:
-    """The innermost folder above a path that is there."""
-    return next(parent for parent in path.resolve().parents if parent.exists())
-
-
-def _check_space(job: _Job, needed: int) -> None:
-    free = shutil.disk_usage(_existing(job.target)).free
-    if needed > free:
-        raise ConversionError(
-            f"{job.target}: needs {readable_bytes(needed)} of disk space, free are "
-            f"{readable_bytes(free)}; nothing was written"
-        )
-
-
-@contextlib.contextmanager
-def _clear_errors(job: _Job, staging: Staging) -> Iterator[None]:
-    """Say what is left and what to do with it when a run ends early."""
-
-    def left() -> str:
-        if staging.published:
-            return "the output is in place"
-        if not staging.keeps_files:
-            return "nothing is left of it"
-        return (
-            f"finished files are in {staging.folder}: run the same command again to go on, or "
-            "remove it"
-        )
-
-    try:
-        yield
-    except FileExistsError:
-        raise
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "no space left on the disk" if full else error
-        raise ConversionError(f"{job.target}: {what}; {left()}") from error
-    except KeyboardInterrupt:
-        job.progress.say(f"stopped; {left()}")
-        raise
-
-
-def _say_what_is_there(job: _Job, staging: Staging) -> None:
-    if staging.discarded:
-        job.progress.say("what an earlier run left was made of other inputs or options; removed")
-    elif staging.resumed:
-        job.progress.say(f"going on with what an earlier run left in {staging.folder}")
-
-
-def _write_files(job: _Job, staging: Staging) -> dict[str, dict]:
-    """Write all files but those that an earlier run finished and that are whole; their notes."""
-    notes: dict[str, dict] = {}
-    taken_up = []
-
-    def write(file: _File) -> None:
-        if job.stop.is_set():
-            raise _Stopped
-        if (found := staging.finished(file.name)) is not None:
-            taken_up.append(file.name)
-            job.progress.skip(file.num_bytes)
-        else:
-            found = {}
-            with staging.file(file.name, found) as out:
-                file.write(out, found)
-        # As they come back from a resumed run, so that nothing can depend on which it was.
-        notes[file.name] = json.loads(json.dumps(found))
-
-    with ThreadPoolExecutor(job.options.workers) as pool:
-        futures = [pool.submit(write, file) for file in job.files]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            job.stop.set()
-            pool.shutdown(cancel_futures=True)
-    for future in futures:
-        error = None if future.cancelled() else future.exception()
-        if error is not None and not isinstance(error, _Stopped):
-            raise error
-    if taken_up:
-        job.progress.say(
-            f"going on: {len(taken_up)} of {len(job.files)} files were there and whole"
-        )
-    return notes
-
-
-def _refuse_nonfinite(job: _Job, notes: dict[str, dict]) -> None:
-    names = list(dict.fromkeys(n for note in notes.values() for n in note.get("nonfinite", ())))
-    if names and not job.options.allow_nonfinite:
-        raise ConversionError(
-            f"{job.source}: NaN or Inf in {len(names)} tensors:\n  "
-            + "\n  ".join(names)
-            + "\nThe model is broken, or its values don't fit the dtype. --allow-nonfinite "
-            "(allow_nonfinite=True) converts it as it is."
-        )
-
-
-def _check_output(job: _Job, staging: Staging) -> None:
-    job.progress.say("checking: reading the output again")
-    for file in job.files:
-        with open(staging.out / file.name, "rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk
-    if different := list(job.compare(staging.out)):
-        staging.forget_files()
-        raise ConversionError(
-            f"{job.target}: not what the source holds:\n  "
-            + "\n  ".join(different)
-            + "\nThe disk or the memory lost data; the output was not put in place."
-        )
-    job.progress.say(f"checked: all {job.tensors} tensors are the source's, bit for bit")

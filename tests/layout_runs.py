@@ -144,7 +144,12 @@ def assert_same_training(
 
 def checkpoint_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
     """All tensors of a torch_dist checkpoint, optimizer's state included."""
-    reader = dcp.FileSystemReader(folder / f"iter_{iteration:07d}")
+    return stored_tensors(folder / f"iter_{iteration:07d}")
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors in the folder of one iteration, as torch.distributed.checkpoint reads them."""
+    reader = dcp.FileSystemReader(folder)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()

@@ -262,10 +262,10 @@ def test_the_command_says_how_many_near_ties_there_were(case, tmp_path, monkeypa
 
 def test_the_logits_are_those_of_the_whole_models(case, monkeypatch):
     """All numbers of the logits, from transformers' whole model with the weights of either side."""
-    from step35_patch import compare_layers
+    from step35_patch import compare_layers, compare_sides
 
     # Several blocks of the vocabulary, the last one shorter.
-    monkeypatch.setattr(compare_layers, "VOCABULARY_ROWS", 36)
+    monkeypatch.setattr(compare_sides, "VOCABULARY_ROWS", 36)
     config, weights, folder = case
     name = "model.layers.1.self_attn.o_proj.weight"
     changed = weights | {name: _change(weights[name])}

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from layout_runs import stored_tensors
 from reference import FULL, SLIDING, random_weights, tiny_config, write_hf_folder
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from step35_patch import Step35Config
 from step35_patch.cli import main
@@ -305,7 +305,7 @@ def test_torch_reads_the_checkpoint(case, tmp_path):
     """torch.distributed.checkpoint by itself, which knows nothing of Step-3.5."""
     _, weights, hf = case
     convert_to_megatron(hf, tmp_path / "m", options=SMALL_FILES)
-    found = dcp_tensors(tmp_path / "m" / "release")
+    found = stored_tensors(tmp_path / "m" / "release")
     experts = found["decoder.layers.3.mlp.experts.experts.linear_fc1.weight"]
     gate, up = (weights[f"model.layers.3.moe.{n}_proj.weight"] for n in ("gate", "up"))
     assert torch.equal(experts, torch.cat([gate, up], dim=1))
@@ -314,17 +314,6 @@ def test_torch_reads_the_checkpoint(case, tmp_path):
     groups = [torch.cat(p) for p in zip(q.chunk(2), g.chunk(2), k.chunk(2), v.chunk(2))]
     assert torch.equal(qkv, torch.cat(groups))
     assert found["decoder.layers.3.mlp.router.expert_bias"].dtype == torch.float32
-
-
-def dcp_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    reader = dcp.FileSystemReader(folder)
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
 
 
 def save_dcp(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
@@ -336,7 +325,7 @@ def test_optimizer_state_is_not_read(case, tmp_path):
     """Its bytes are overwritten: only who reads them can notice."""
     _, weights, hf = case
     convert_to_megatron(hf, tmp_path / "m")
-    tensors = dcp_tensors(tmp_path / "m" / "release")
+    tensors = stored_tensors(tmp_path / "m" / "release")
     marked = torch.full((5000,), 1234.5)
     tensors |= {"optimizer.state.exp_avg.decoder.final_layernorm.weight": marked}
     tensors |= {"optimizer.state.fp32_param.output_layer.weight": marked}
@@ -354,7 +343,7 @@ def test_checkpoint_saved_without_check_sums_is_read(case, tmp_path, capsys):
     """As after torch.serialization.set_crc32_options(False)."""
     _, weights, hf = case
     convert_to_megatron(hf, tmp_path / "m")
-    tensors = dcp_tensors(tmp_path / "m" / "release")
+    tensors = stored_tensors(tmp_path / "m" / "release")
     torch.serialization.set_crc32_options(False)
     try:
         folder = save_dcp(tmp_path / "unsummed", tensors)
@@ -369,7 +358,7 @@ def test_checkpoint_saved_without_check_sums_is_read(case, tmp_path, capsys):
 def test_padded_vocabulary_is_cut(case, tmp_path):
     config, weights, hf = case
     convert_to_megatron(hf, tmp_path / "m")
-    tensors = dcp_tensors(tmp_path / "m" / "release")
+    tensors = stored_tensors(tmp_path / "m" / "release")
     for key in ("embedding.word_embeddings.weight", "mtp_output_layers.1.weight"):
         padding = torch.full((32, config["hidden_size"]), 7.0, dtype=torch.bfloat16)
         tensors[key] = torch.cat([tensors[key], padding])
@@ -383,7 +372,7 @@ def test_padded_vocabulary_is_cut(case, tmp_path):
 def test_drifted_gates_are_refused_or_averaged(case, tmp_path):
     config, weights, hf = case
     convert_to_megatron(hf, tmp_path / "m", gate_layout="expanded")
-    tensors = dcp_tensors(tmp_path / "m" / "release")
+    tensors = stored_tensors(tmp_path / "m" / "release")
     # Layer 1: 6 heads in 2 groups of 16 channels: 3 * 16 rows of q, then 3 * 16 of the gate.
     qkv = tensors["decoder.layers.1.self_attention.linear_qkv.weight"]
     qkv[3 * 16 + 16 + 2] += 0.5  # head 1, its third row
@@ -430,7 +419,7 @@ def test_checkpoint_of_another_dtype_than_the_config(tmp_path):
     hf = write_hf_folder(tmp_path / "hf", config, weights)
     options = Options(dtype=torch.bfloat16)
     convert_to_megatron(hf, tmp_path / "m", options=options)
-    stored = dcp_tensors(tmp_path / "m" / "release")
+    stored = stored_tensors(tmp_path / "m" / "release")
     assert {value.dtype for name, value in stored.items() if "expert_bias" not in name} == {
         torch.bfloat16
     }
@@ -460,7 +449,7 @@ def test_untrained_mtp_layers_are_copied(case, tmp_path):
     """Of a run with --mtp-num-layers 1."""
     _, weights, hf = case
     convert_to_megatron(hf, tmp_path / "m", options=SMALL_FILES)
-    tensors = dcp_tensors(tmp_path / "m" / "release")
+    tensors = stored_tensors(tmp_path / "m" / "release")
     fewer = {
         n: t
         for n, t in tensors.items()

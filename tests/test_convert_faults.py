@@ -1601,10 +1601,10 @@ def test_check_names_the_tensor_that_differs(direction, world, tmp_path):
     """The memory was wrong before the check sum was made; the next run does not trust the file."""
     out = tmp_path / "out"
     hook = """
-import step35_patch.convert as convert
+import step35_patch.conversion_run as conversion_run
 from step35_patch import hf_files, torch_dist
 
-same, spoiled = convert._Job.look_at, []
+same, spoiled = conversion_run.Job.look_at, []
 
 def patched(self, name, tensor, notes):
     if name == "model.layers.3.moe.up_proj.weight" and not spoiled:
@@ -1614,7 +1614,7 @@ def patched(self, name, tensor, notes):
         tensor.set_(copy)
     return same(self, name, tensor, notes)
 
-convert._Job.look_at = patched
+conversion_run.Job.look_at = patched
 """
     ended = direction.convert(out, "--check", size=FEW, hook=hook)
     assert_refused(ended, "not what the source holds:\n  model.layers.3.moe.up_proj.weight\n")
