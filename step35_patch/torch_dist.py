@@ -108,6 +108,7 @@ class TorchDistFolder:
         self.tensors = self._read_metadata()
         self._files = MappedFiles(self.path)
         self._payloads: dict[_Place, _Payload] = {}
+        self._boxes: dict[tuple[str, tuple[int, ...], tuple[int, ...]], StoredChunk] = {}
         self._checked: set[_Place] = set()
         self._lock = threading.Lock()
 
@@ -194,6 +195,7 @@ class TorchDistFolder:
             for tensor, chunk in some:
                 try:
                     self._payloads[chunk.place] = self._locate(tensor, chunk)
+                    self._boxes[tensor.key, chunk.offsets, chunk.sizes] = chunk
                 except (OSError, ValueError) as error:
                     problems[f"{tensor.key}: in {chunk.place.file}: {error}"] = None
         return list(problems)
@@ -234,6 +236,9 @@ class TorchDistFolder:
             CheckpointError: a record's bytes have not the check sum that was written with them.
         """
         tensor = self.tensors[key]
+        # Experts are most chunks of a checkpoint and are read by the chunk: no search for them.
+        if (exact := self._boxes.get((key, offsets, sizes))) is not None:
+            return self._chunk(key, exact, tensor.dtype)
         result = None
         for chunk in tensor.chunks:
             low = [max(a, b) for a, b in zip(offsets, chunk.offsets)]
