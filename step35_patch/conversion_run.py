@@ -178,7 +178,8 @@ def run_job(job: Job) -> None:
 
 def _plan_text(job: Job) -> str:
     workers = min(job.options.workers, len(job.files))
-    memory = workers * job.block_bytes + 2**28
+    # Besides, pages of mapped files stay up to some 2**28 bytes, and buffers on their way out.
+    memory = workers * job.block_bytes + 3 * 2**27
     return (
         f"{job.source} -> {job.target}: {job.tensors} tensors, {readable_bytes(job.num_bytes)}, "
         f"{len(job.files)} files, {workers} at a time, about {readable_bytes(memory)} of memory"
