@@ -67,6 +67,19 @@ def unpack_qkv(
     return q, k, v, by_head[:, 0]
 
 
+def gate_drift(rows: Tensor) -> float:
+    """The largest difference from a head's first row; NaN if a row became NaN, and 0 if none did.
+
+    Args:
+        rows: [..., rows of a head, h].
+    """
+    first = rows[..., :1, :].expand_as(rows)
+    # As bits: a head whose rows are all the same NaN has not drifted.
+    if torch.equal(rows.contiguous().view(torch.uint8), first.contiguous().view(torch.uint8)):
+        return 0.0
+    return (rows.float() - first.float()).abs().max().item()
+
+
 def refuse_drift(rows: Tensor, name: str) -> None:
     """Raise DriftedGateError unless the rows that stand for one row of g_proj are equal.
 
@@ -74,8 +87,7 @@ def refuse_drift(rows: Tensor, name: str) -> None:
         rows: [..., rows of a head, h].
         name: the weight's name, for messages.
     """
-    drift = (rows - rows[..., :1, :]).abs().max().item()
-    if drift:
+    if drift := gate_drift(rows):
         raise DriftedGateError(
             f"{name}: the {rows.shape[-2]} gate rows of a head differ by up to {drift:.3g}, "
             "expected equal rows; trained with Megatron-Core's own gate they are no g_proj any more, "

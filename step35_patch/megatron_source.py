@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from step35_patch.activation import GATE_LAYOUTS
 from step35_patch.config import Step35Config
-from step35_patch.gate_layout import DriftedGateError
+from step35_patch.gate_layout import DriftedGateError, gate_drift
 from step35_patch.hf_files import DTYPES, CheckpointError
 from step35_patch.inventory import published_tensors
 from step35_patch.megatron_layout import (
-    GATE_LAYOUTS,
     Box,
     MegatronTensor,
     Run,
@@ -129,7 +129,7 @@ class MegatronCheckpoint:
 
     def block(self, run: Run, box: Box) -> Tensor:
         """The published elements of a run: [elements], over the mapped file where possible."""
-        stored = self.folder.read(box.key, box.offsets, box.sizes).reshape(-1)
+        stored = self._rows(box)
         if run.repeat == 1:
             return stored
         rows = stored.view(-1, run.repeat, run.row)
@@ -140,6 +140,9 @@ class MegatronCheckpoint:
             return torch.where(same, rows[:, 0], mean).reshape(-1)
         return rows[:, 0].reshape(-1)
 
+    def _rows(self, box: Box) -> Tensor:
+        return self.folder.read(box.key, box.offsets, box.sizes).reshape(-1)
+
     def refuse_drifted_gates(self) -> None:
         """Read the gates of an `expanded` checkpoint, and raise if rows of a head differ.
 
@@ -148,14 +151,14 @@ class MegatronCheckpoint:
         """
         drifted = []
         for name, pairs in self.runs.items():
-            worst = 0.0
-            for run, box in pairs:
-                if run.repeat > 1:
-                    rows = self.folder.read(box.key, box.offsets, box.sizes)
-                    rows = rows.reshape(-1, run.repeat, run.row).float()
-                    worst = max(worst, (rows - rows[:, :1]).abs().max().item())
-            if worst:
-                drifted.append(f"{name}: by up to {worst:.3g}")
+            found = [
+                gate_drift(self._rows(box).view(-1, run.repeat, run.row))
+                for run, box in pairs
+                if run.repeat > 1
+            ]
+            if any(found):
+                # Not max(), which may lose a NaN.
+                drifted.append(f"{name}: by up to {torch.tensor(found).max():.3g}")
         if drifted:
             raise DriftedGateError(
                 f"{self.folder.path}: the rows that stand for one row of g_proj differ:\n  "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import random
 import subprocess
@@ -27,6 +28,7 @@ from step35_patch.gate_layout import DriftedGateError
 from step35_patch.hf_files import INDEX, CheckpointError
 from step35_patch.inventory import published_tensors
 from step35_patch.megatron_layout import extra_states, megatron_tensors, published_runs
+from step35_patch.progress import Progress
 
 GATE_LAYOUTS = ("headwise", "expanded")
 # The lists that have an entry for each MTP layer in tests' configs.
@@ -393,6 +395,49 @@ def test_drifted_gates_are_refused_or_averaged(case, tmp_path):
     gate[1] = torch.where((qkv[66] == weights[name][1]), weights[name][1], mean)
     assert_same(found, weights | {name: gate})
     assert not torch.equal(gate, weights[name])
+
+
+def test_gate_row_that_became_nan_is_no_equal_row(case, tmp_path):
+    """Neither is it dropped because only the first row of a head is taken."""
+    _, _, hf = case
+    convert_to_megatron(hf, tmp_path / "m", gate_layout="expanded")
+    tensors = stored_tensors(tmp_path / "m" / "release")
+    tensors["decoder.layers.1.self_attention.linear_qkv.weight"][3 * 16 + 16 + 2] = float("nan")
+    drifted = save_dcp(tmp_path / "drifted", tensors)
+    with pytest.raises(DriftedGateError, match="model.layers.1.self_attn.g_proj.weight: by up to"):
+        convert_to_hf(drifted, tmp_path / "back", hf_dir=hf)
+
+
+def test_gate_that_is_nan_in_all_rows_has_not_drifted(case, tmp_path):
+    config, weights, hf = case
+    name = "model.layers.1.self_attn.g_proj.weight"
+    broken = weights | {name: torch.full_like(weights[name], float("nan"))}
+    write_hf_folder(hf, config, broken)
+    on = Options(allow_nonfinite=True, check=True)
+    convert_to_megatron(hf, tmp_path / "m", gate_layout="expanded", options=on)
+    convert_to_hf(tmp_path / "m", tmp_path / "back", hf_dir=hf, options=on)
+    assert read(tmp_path / "back")[name].isnan().all()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(terminal, monkeypatch):
+    class Stream(io.StringIO):
+        def isatty(self):
+            return terminal
+
+    now = iter(range(0, 1000, 15))
+    monkeypatch.setattr("step35_patch.progress.time.monotonic", lambda: float(next(now)))
+    stream = Stream()
+    progress = Progress(3_000_000_000, stream)
+    progress.add(1_500_000_000)
+    progress.say("a tensor has NaN")
+    progress.add(1_500_000_000)
+    progress.close()
+    said = stream.getvalue()
+    assert " 50%  1.50 GB of 3.00 GB  100.0 MB/s  0:15 left" in said
+    assert "a tensor has NaN\n" in said
+    assert ("\r[############            ]" in said) == terminal
+    assert said.endswith("\n") and (terminal or "\r" not in said)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
