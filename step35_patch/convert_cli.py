@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from step35_patch.activation import GATE_LAYOUTS
+from step35_patch.inventory import SAFETENSORS_DTYPES
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_megatron.add_argument("out", metavar="OUT", help="folder to be made")
     to_megatron.add_argument(
         "--gate-layout",
-        choices=("headwise", "expanded"),
-        default="headwise",
+        choices=GATE_LAYOUTS,
+        default=GATE_LAYOUTS[0],
         help="as the run that loads it has (default: %(default)s)",
     )
     to_megatron.set_defaults(run=_to_megatron)
@@ -65,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--dtype", choices=_DTYPES, help="convert the weights (default: leave them as they are)"
+        "--dtype",
+        choices=list(SAFETENSORS_DTYPES),
+        help="convert the weights (default: leave them as they are)",
     )
     command.add_argument(
         "--max-shard-size",
@@ -143,14 +147,22 @@ def _to_hf(options: argparse.Namespace) -> int:
 def _run(convert: Callable[[], None]) -> int:
     """0; 1 with the reason if it can't be done; 130 if it was interrupted."""
 
+    interrupted = []
+
     def interrupt(number: int, frame: Any) -> None:
+        interrupted.append(number)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)  # as batch systems end a job
+    # SIGTERM is how batch systems end a job.
+    before = {
+        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         from step35_patch.convert import ConversionError
         from step35_patch.staging import OutputBusyError
 
+        if interrupted:  # what torch imports may have swallowed it
+            raise KeyboardInterrupt
         try:
             convert()
         # CheckpointError, DriftedGateError and Step35ConfigError are ValueErrors.
@@ -161,5 +173,6 @@ def _run(convert: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
     return 0
