@@ -154,7 +154,8 @@ def convert_to_megatron(
 
     def compare(staged: Path) -> Iterator[str]:
         written = MegatronCheckpoint(staged, config)
-        yield from _differences(written.runs, block, written.block, dtype)
+        infos = published_tensors(config, hf_files.torch_dtype_name(dtype))
+        yield from _differences(infos, written.runs, block, written.block)
 
     job.finish, job.compare = finish, compare
     run_job(job)
@@ -227,7 +228,7 @@ def convert_to_hf(
     if not average_gate:
         source.refuse_drifted_gates()
     dtype = options.dtype or source.dtype
-    infos = [_with_dtype(info, dtype) for info in published_tensors(config)]
+    infos = published_tensors(config, hf_files.torch_dtype_name(dtype))
     runs = published_runs(megatron_tensors(config, source.gate_layout))
     copied = _files_to_copy(from_dir)
     inputs = [*source.files(), from_dir / "config.json", *copied]
@@ -272,10 +273,10 @@ def convert_to_hf(
     def compare(staged: Path) -> Iterator[str]:
         written = HfFolder(staged, infos)
         yield from _differences(
+            infos,
             runs,
             block,
             lambda run, box: written.block(run.name, run.start, run.num_elements),
-            dtype,
         )
 
     job.finish, job.compare = finish, compare
@@ -292,13 +293,6 @@ def _untrained(source: MegatronCheckpoint, mtp_from: str | os.PathLike | None) -
             + ("a folder to copy them from, found None" if source.absent else "None")
         )
     return HfFolder(mtp_from, published_tensors(source.config)) if source.absent else None
-
-
-def _with_dtype(info: TensorInfo, dtype: torch.dtype) -> TensorInfo:
-    # The router's bias is fp32 whatever the rest is.
-    if info.name.endswith("moe.router_bias"):
-        return info
-    return TensorInfo(info.name, info.shape, hf_files.dtype_name(dtype))
 
 
 def _files_to_copy(folder: Path) -> list[Path]:
@@ -348,16 +342,16 @@ def _bind(write: Callable, part: Sequence) -> Callable[[SummedFile, dict[str, An
 
 
 def _differences(
+    infos: Sequence[TensorInfo],
     runs: dict[str, list[tuple[Run, Box]]],
     source: Callable[[Run, Box], Tensor],
     written: Callable[[Run, Box], Tensor],
-    dtype: torch.dtype,
 ) -> Iterator[str]:
-    """The names of tensors that are not written as the source has them, in `dtype`."""
-    for name, pairs in runs.items():
-        wanted = torch.float32 if name.endswith("moe.router_bias") else dtype
-        if not all(_same_bits(source(*pair).to(wanted), written(*pair)) for pair in pairs):
-            yield name
+    """The names of tensors that are not written as the source has them, in their dtypes."""
+    for info in infos:
+        dtype = hf_files.DTYPES[info.dtype]
+        if not all(_same_bits(source(*pair).to(dtype), written(*pair)) for pair in runs[info.name]):
+            yield info.name
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -149,6 +149,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
+def torch_dtype_name(dtype: torch.dtype) -> str:
+    """Its name in a config's torch_dtype."""
+    names = {name: spelled for spelled, name in SAFETENSORS_DTYPES.items()}
+    return names[dtype_name(dtype)]
+
+
 class ShardWriter:
     """Collects tensors and writes them to numbered files of about `max_bytes` each."""
 
@@ -214,8 +220,7 @@ def index_document(weight_map: dict[str, str], total_bytes: int) -> bytes:
 
 def config_document(config: Step35Config, dtype: torch.dtype) -> bytes:
     """The config.json of weights in a dtype."""
-    names = {name: spelled for spelled, name in SAFETENSORS_DTYPES.items()}
-    document = config.to_dict() | {"torch_dtype": names[dtype_name(dtype)]}
+    document = config.to_dict() | {"torch_dtype": torch_dtype_name(dtype)}
     document.pop("dtype", None)  # transformers' newer name for the same
     return (json.dumps(document, indent=2) + "\n").encode()
 

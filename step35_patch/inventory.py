@@ -46,25 +46,34 @@ class TensorInfo:
         return self.num_elements * _ELEMENT_BYTES[self.dtype]
 
 
-def published_tensors(config: Step35Config) -> tuple[TensorInfo, ...]:
+def published_tensors(
+    config: Step35Config, torch_dtype: str | None = None
+) -> tuple[TensorInfo, ...]:
     """Every tensor of the published checkpoint of `config`: embedding, layers, norm and head.
 
-    All have the config's `torch_dtype` but the router's bias, which is fp32.
+    All have one dtype but the router's bias, which is fp32.
+
+    Args:
+        config: The model.
+        torch_dtype: Of the tensors, as in `SAFETENSORS_DTYPES`; the config's own if None.
     """
-    dtype = SAFETENSORS_DTYPES[config.torch_dtype]
+    torch_dtype = torch_dtype or config.torch_dtype
+    dtype = SAFETENSORS_DTYPES[torch_dtype]
     hidden, vocabulary = config.hidden_size, config.vocab_size
     return (
         TensorInfo("model.embed_tokens.weight", (vocabulary, hidden), dtype),
-        *(tensor for plan in config.layers for tensor in layer_tensors(config, plan)),
+        *(tensor for plan in config.layers for tensor in layer_tensors(config, plan, torch_dtype)),
         TensorInfo("model.norm.weight", (hidden,), dtype),
         TensorInfo("lm_head.weight", (vocabulary, hidden), dtype),
     )
 
 
-def layer_tensors(config: Step35Config, plan: LayerPlan) -> Iterator[TensorInfo]:
+def layer_tensors(
+    config: Step35Config, plan: LayerPlan, torch_dtype: str | None = None
+) -> Iterator[TensorInfo]:
     """The tensors of one layer; those of an MTP layer include the MTP module around it."""
     prefix = f"model.layers.{plan.index}."
-    published = SAFETENSORS_DTYPES[config.torch_dtype]
+    published = SAFETENSORS_DTYPES[torch_dtype or config.torch_dtype]
     shapes = _attention_shapes(config, plan)
     shapes |= _moe_shapes(config) if plan.is_moe else _mlp_shapes(config, "mlp")
     if plan.is_mtp:

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from step35_patch.activation import GATE_LAYOUTS
 from step35_patch.plan import LayerPlan
 
 if TYPE_CHECKING:
     from step35_patch.config import Step35Config
 
-GATE_LAYOUTS = ("headwise", "expanded")
 # The most elements in a run, so that what is held in memory does not grow with the vocabulary.
 _MAX_RUN = 2**25
 

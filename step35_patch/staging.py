@@ -93,7 +93,8 @@ class Staging:
                 self.discarded = self._done.exists()
                 for stale in (self.out, self._done):
                     shutil.rmtree(stale, ignore_errors=True)
-                _write_whole(plan, self._plan)
+                with _whole(plan) as raw:
+                    raw.write(self._plan)
             self.out.mkdir(exist_ok=True)
             self._done.mkdir(exist_ok=True)
             for partial in self.out.rglob("*.partial"):  # of a run that was killed
@@ -196,30 +197,18 @@ class Staging:
             name: its path in the output.
             notes: kept for `finished`, as they are at the end of the block.
         """
-        path = self.out / name
-        partial = path.with_name(f"{path.name}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as raw:
-                file = SummedFile(raw)
-                yield file
-                raw.flush()
-                os.fsync(raw.fileno())
-            partial.rename(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with _whole(self.out / name) as raw:
+            file = SummedFile(raw)
+            yield file
         notes |= {"size": file.size, "crc32": file.crc}
-        done = self._done / f"{name}.json"
-        done.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(notes).encode()
-        _write_whole(done, b"%d\n%s" % (zlib.crc32(text), text))
+        with _whole(self._done / f"{name}.json") as raw:
+            raw.write(b"%d\n%s" % (zlib.crc32(text), text))
 
     def small_file(self, name: str, data: bytes) -> None:
         """Write a file that is made anew by each run."""
-        path = self.out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(path, data)
+        with _whole(self.out / name) as raw:
+            raw.write(data)
 
     def publish(self) -> None:
         """Make `out` the target, and remove everything else."""
@@ -267,13 +256,16 @@ def check_target(target: Path, overwrite: bool, markers: tuple[str, ...]) -> Non
         )
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written, which is at `path` once it is whole and on the disk."""
     partial = path.with_name(f"{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(partial, "wb") as raw:
+            yield raw
+            raw.flush()
+            os.fsync(raw.fileno())
         partial.rename(path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -284,7 +284,7 @@ def _make_up(tensor: StoredTensor) -> bool:
         for chunk in tensor.chunks
     )
     for number, box in enumerate(boxes):
-        if any(low < 0 or high > size for (low, high), size in zip(box, tensor.shape)):
+        if any(high > size for (_, high), size in zip(box, tensor.shape)):
             return False
         for other in boxes[number + 1 :]:
             if other[0][0] >= box[0][1]:
