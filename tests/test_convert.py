@@ -274,6 +274,22 @@ def test_keys_and_shapes_are_those_of_a_built_model(tmp_path, gate_layout, chang
     assert objects <= set(extra_states(Step35Config.from_pretrained(hf)))
 
 
+def test_every_module_of_transformer_engine_finds_its_extra_state():
+    """All that have weights but the embedding, the output layer and routers, which are not its own.
+
+    tests/test_transformer_engine.py asks its modules, where they are installed.
+    """
+    config = Step35Config.from_dict(tiny_config())
+    wanted = set()
+    for tensor in megatron_tensors(config, "headwise"):
+        module = tensor.key.rpartition(".")[0]
+        if module in ("embedding.word_embeddings", "output_layer") or module.endswith("router"):
+            continue
+        shards = tensor.shape[0] if ".experts.experts." in module else 1
+        wanted |= {f"{module}._extra_state/shard_{n}_{shards}" for n in range(shards)}
+    assert set(extra_states(config)) == wanted
+
+
 @pytest.mark.megatron
 @pytest.mark.parametrize("gate_layout", GATE_LAYOUTS)
 def test_megatron_core_loads_what_load_hf_weights_does(case, tmp_path, gate_layout):
