@@ -41,7 +41,7 @@ from safetensors.torch import save_file
 import step35_patch
 from step35_patch import Step35Config
 from step35_patch.config import packaged_config_path
-from step35_patch.inventory import published_tensors
+from step35_patch.tensors.published import published_tensors
 
 RESULTS = Path(__file__).parent / "results" / "convert.csv"
 GIB = 2**30
@@ -113,7 +113,7 @@ def compare(source: Path, work: Path, arguments: list[str], rounds: int, row: di
     copy, out = work / "copy", work / "out"
     program = "import sys; from step35_patch.cli import main; sys.exit(main(sys.argv[1:]))"
     convert = [sys.executable, "-c", program, "convert", *arguments]
-    imports = [sys.executable, "-c", "from step35_patch import convert, convert_cli"]
+    imports = [sys.executable, "-c", "import step35_patch.convert, step35_patch.commands.convert"]
     base = timed(imports)[1]
     rows = []
     for number in range(rounds):

@@ -80,7 +80,7 @@ def layer_config(dtype: str, heads: int, **changes):
 def step35_patch(dtype: str, heads: int) -> Attention:
     from megatron.core.transformer.enums import AttnMaskType
 
-    from step35_patch.core_attention import Step35DotProductAttention
+    from step35_patch.model.core_attention import Step35DotProductAttention
 
     config = layer_config(dtype, heads, window_size=(WINDOW - 1, 0))
     module = Step35DotProductAttention(config, 1, AttnMaskType.causal, "self")

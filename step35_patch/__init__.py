@@ -1,7 +1,7 @@
 """Train Step-3.5-Flash with released Megatron-Core. Importing this package activates it.
 
 ``import step35_patch`` registers hooks that run when Megatron-Core's modules are imported, or at
-once if they are imported already (see `step35_patch.activation`). It loads neither torch nor
+once if they are imported already (see `step35_patch.patch.activation`). It loads neither torch nor
 megatron, numpy or pydantic: the names below that need them are imported on first use.
 """
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from step35_patch.activation import (
+from step35_patch.patch.activation import (
     Step35ActivationError,
     activate,
     activate_on_import,
@@ -19,11 +19,11 @@ from step35_patch.activation import (
 )
 
 if TYPE_CHECKING:
-    from step35_patch.config import Step35Config
-    from step35_patch.config_errors import Step35ConfigError
-    from step35_patch.layer import Step35DecoderLayer
-    from step35_patch.plan import LayerPlan
-    from step35_patch.provider import Step35ModelProvider
+    from step35_patch.config.errors import Step35ConfigError
+    from step35_patch.config.layer_plan import LayerPlan
+    from step35_patch.config.model import Step35Config
+    from step35_patch.model.layer import Step35DecoderLayer
+    from step35_patch.model.provider import Step35ModelProvider
 
 __all__ = [
     "LayerPlan",
@@ -38,11 +38,11 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "LayerPlan": "step35_patch.plan",
-    "Step35Config": "step35_patch.config",
-    "Step35ConfigError": "step35_patch.config_errors",
-    "Step35DecoderLayer": "step35_patch.layer",
-    "Step35ModelProvider": "step35_patch.provider",
+    "LayerPlan": "step35_patch.config.layer_plan",
+    "Step35Config": "step35_patch.config.model",
+    "Step35ConfigError": "step35_patch.config.errors",
+    "Step35DecoderLayer": "step35_patch.model.layer",
+    "Step35ModelProvider": "step35_patch.model.provider",
 }
 
 

@@ -14,7 +14,7 @@ import runpy
 import sys
 from typing import NoReturn
 
-from step35_patch import activation
+from step35_patch.patch import activation
 
 USAGE = "usage: python -m step35_patch (SCRIPT | -m MODULE) ARGS..."
 

@@ -4,7 +4,7 @@ Both are plain lists of strings, ready for ``pretrain_gpt.py`` or any script on
 ``megatron.training``, and accepted by the parsers of Megatron-Core 0.17 to 0.19.
 """
 
-from step35_patch.config import Step35Config
+from step35_patch.config.model import Step35Config
 
 # What Megatron needs to run without a GPU, under `step35_patch.cpu`: Megatron-Core's own modules
 # instead of Transformer Engine's, Gloo, weights drawn on the CPU, and no fused kernel.

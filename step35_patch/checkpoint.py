@@ -16,13 +16,13 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from step35_patch import hf_files
-from step35_patch.gate_layout import pack_qkv, unpack_qkv
-from step35_patch.hf_files import HfFolder, ShardWriter
-from step35_patch.inventory import published_tensors
-from step35_patch.layer import Step35DecoderLayer
-from step35_patch.mtp import OUTPUT_LAYERS
-from step35_patch.runtime import Step35Runtime, runtime_for
+from step35_patch.model.description import Step35Runtime, runtime_for
+from step35_patch.model.layer import Step35DecoderLayer
+from step35_patch.model.mtp import OUTPUT_LAYERS
+from step35_patch.storage import hf_folder as hf_files
+from step35_patch.storage.hf_folder import HfFolder, ShardWriter
+from step35_patch.tensors.published import published_tensors
+from step35_patch.tensors.qkv import pack_qkv, unpack_qkv
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from step35_patch import compare, convert_cli
+from step35_patch.commands import convert as convert_cli
+from step35_patch.verify import api as compare
 
 if TYPE_CHECKING:
-    from step35_patch.config import Step35Config
+    from step35_patch.config.model import Step35Config
 
 _PUBLISHED = "step-3.5-flash"
 
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Its arguments are its own (`demo --help` too), so argparse does not get to see them.
     if arguments[:1] == ["demo"]:
-        from step35_patch import demo
+        from step35_patch.commands import demo
 
         return demo.main(arguments[1:])
     options = _parser().parse_args(arguments)
@@ -93,7 +94,7 @@ def _add_config(command: argparse.ArgumentParser) -> None:
 
 def _config(path: str) -> Step35Config | None:
     """The config that a command was given; None if it is not usable, which was said then."""
-    from step35_patch.config import Step35Config, Step35ConfigError, packaged_config_path
+    from step35_patch.config.model import Step35Config, Step35ConfigError, packaged_config_path
 
     if path == _PUBLISHED and not os.path.exists(path):
         path = packaged_config_path()
@@ -105,7 +106,7 @@ def _config(path: str) -> Step35Config | None:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from step35_patch.inspect_report import as_json, as_text
+    from step35_patch.commands.inspect import as_json, as_text
 
     if (config := _config(options.config)) is None:
         return 1

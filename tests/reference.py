@@ -25,7 +25,7 @@ from transformers.models.step3p7.modeling_step3p7 import (
 )
 
 from step35_patch import Step35Config
-from step35_patch.inventory import published_tensors
+from step35_patch.tensors.published import published_tensors
 
 WINDOW = 8
 # Kept out of the test tokens: the reference gives its embedding row no gradient.

@@ -21,13 +21,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import step35_patch
 from step35_patch import Step35Config
-from step35_patch.accounting import (
+from step35_patch.config import packaged_config_path
+from step35_patch.costs.accounting import (
     Parameters,
     layer_activation_bytes,
     stage_parameters,
     training_flops,
 )
-from step35_patch.config import packaged_config_path
 
 pytestmark = pytest.mark.megatron
 

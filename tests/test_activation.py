@@ -19,7 +19,7 @@ PUBLISHED = {str(PUBLISHED)!r}
 def config_of(step35):
     from megatron.core.transformer.transformer_config import TransformerConfig
     from step35_patch import Step35Config
-    from step35_patch.runtime import model_fields
+    from step35_patch.model.description import model_fields
     if step35:
         return TransformerConfig(**model_fields(Step35Config.from_pretrained(PUBLISHED)))
     return TransformerConfig(
@@ -291,7 +291,7 @@ def test_somebody_elses_wrapper_is_respected(installed, script):
         step35_patch.deactivate()
         assert gpt_layer_specs.get_gpt_decoder_block_spec is theirs[0]
         assert layers(theirs[0]) == STOCK
-        assert "step35_patch.hooks" not in sys.modules  # ours, inside, does nothing while off
+        assert "step35_patch.patch.hooks" not in sys.modules  # ours, inside, does nothing while off
         step35_patch.activate(PUBLISHED)
         assert gpt_layer_specs.get_gpt_decoder_block_spec is theirs[0]  # ours is inside
         assert layers(theirs[0]) == OURS
@@ -430,12 +430,12 @@ def test_an_untested_megatron_that_is_imported_already_is_refused(installed, scr
 def test_a_missing_target_is_refused(installed, script, first):
     program = script(f"""
         import importlib
-        import step35_patch.targets
-        from step35_patch import activation
+        import step35_patch.patch.targets
+        from step35_patch.patch import activation
         step35_patch.deactivate()
         module = "megatron.core.models.gpt.gpt_layer_specs"
-        activation.TARGETS += (step35_patch.targets.Target(module, "no_such_builder", "x"),)
-        optional = step35_patch.targets.Target(module, "no_such_option", "x", required=False)
+        activation.TARGETS += (step35_patch.patch.targets.Target(module, "no_such_builder", "x"),)
+        optional = step35_patch.patch.targets.Target(module, "no_such_option", "x", required=False)
         activation.TARGETS += (optional,)
         importlib.import_module({first!r})
         for attempt in range(2):

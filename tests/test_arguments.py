@@ -20,7 +20,7 @@ import json, sys
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import core_transformer_config_from_args, parse_args, validate_args
 from step35_patch.config import Step35Config
-from step35_patch.runtime import conflicts
+from step35_patch.model.description import conflicts
 
 seen = {}
 for name, (document, command_line) in json.loads(sys.argv[1]).items():

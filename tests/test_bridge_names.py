@@ -14,7 +14,7 @@ from pathlib import Path
 
 from step35_patch import Step35Config
 from step35_patch.config import packaged_config_path
-from step35_patch.megatron_layout import megatron_tensors
+from step35_patch.tensors.megatron import megatron_tensors
 
 
 def bridge_parameters() -> dict[str, tuple[int, ...]]:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from step35_patch import Step35Config
 from step35_patch.checkpoint import load_hf_weights, save_hf_weights
-from step35_patch.gate_layout import DriftedGateError, pack_qkv, unpack_qkv
-from step35_patch.hf_files import INDEX, CheckpointError
+from step35_patch.storage.hf_folder import INDEX, CheckpointError
+from step35_patch.tensors.qkv import DriftedGateError, pack_qkv, unpack_qkv
 
 pytestmark = pytest.mark.megatron
 
@@ -235,7 +235,7 @@ def test_drifted_gate_is_refused(case):
 
 
 def test_write_that_fails_leaves_nothing(case, tmp_path, monkeypatch):
-    from step35_patch import hf_files
+    from step35_patch.storage import hf_folder as hf_files
 
     model = build(case[2])
     written = []

@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from test_parity import FEATURES
 
 from step35_patch import Step35Config
-from step35_patch import compare as command
 from step35_patch.cli import main
-from step35_patch.compare import ReferenceMissingError, compare, largest_weights, sequence_length
-from step35_patch.hf_files import INDEX, CheckpointError, HfFolder
-from step35_patch.inventory import layer_tensors, published_tensors
+from step35_patch.storage.hf_folder import INDEX, CheckpointError, HfFolder
+from step35_patch.tensors.published import layer_tensors, published_tensors
+from step35_patch.verify import api as command
+from step35_patch.verify.api import ReferenceMissingError, compare, largest_weights, sequence_length
 
 pytestmark = pytest.mark.megatron
 
@@ -262,7 +262,8 @@ def test_the_command_says_how_many_near_ties_there_were(case, tmp_path, monkeypa
 
 def test_the_logits_are_those_of_the_whole_models(case, monkeypatch):
     """All numbers of the logits, from transformers' whole model with the weights of either side."""
-    from step35_patch import compare_layers, compare_sides
+    from step35_patch.verify import by_layer as compare_layers
+    from step35_patch.verify import reference as compare_sides
 
     # Several blocks of the vocabulary, the last one shorter.
     monkeypatch.setattr(compare_sides, "VOCABULARY_ROWS", 36)
@@ -424,7 +425,7 @@ def test_transformers_that_is_missing_is_asked_for(case, monkeypatch):
 
 @pytest.mark.parametrize("pad", [0, 3, PAD_TOKEN, None, -1])
 def test_the_padding_is_not_among_the_tokens(pad):
-    from step35_patch.compare_layers import _random_tokens
+    from step35_patch.verify.by_layer import _random_tokens
 
     config = Step35Config.from_dict(tiny_config(pad_token_id=pad))
     tokens = _random_tokens(config, (4, 2000), 0)
@@ -495,8 +496,8 @@ def test_the_command_reads_a_megatron_checkpoint(case, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("lacks", ["MTP layers", "equal gate rows"])
 def test_the_command_refuses_a_checkpoint_that_lacks(case, monkeypatch, capsys, lacks):
-    from step35_patch import megatron_source
-    from step35_patch.gate_layout import DriftedGateError
+    from step35_patch.storage import megatron_checkpoint as megatron_source
+    from step35_patch.tensors.qkv import DriftedGateError
 
     class Lacking(Source):
         absent = (HEADS[2],) if lacks == "MTP layers" else ()
@@ -544,7 +545,7 @@ def test_a_process_is_left_as_it_was(case):
     """Twice in a process of its own, which has no groups before or after."""
     program = """
 import sys
-from step35_patch import compare
+from step35_patch.verify import api as compare
 assert "torch" not in sys.modules  # `step35-patch --help` has to be quick
 import argparse
 parser = argparse.ArgumentParser()

@@ -10,7 +10,7 @@ import pytest
 from config_samples import FULL, PER_LAYER, SLIDING, edited, problems_of, published, resaved, tiny
 
 from step35_patch.config import Step35Config, Step35ConfigError, packaged_config_path
-from step35_patch.plan import LayerPlan, RopeScaling
+from step35_patch.config.layer_plan import LayerPlan, RopeScaling
 
 # --- the published config ---------------------------------------------------------------------
 

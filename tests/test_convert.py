@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 from step35_patch import Step35Config
 from step35_patch.cli import main
 from step35_patch.convert import Options, convert_to_hf, convert_to_megatron
-from step35_patch.gate_layout import DriftedGateError
-from step35_patch.hf_files import INDEX, CheckpointError
-from step35_patch.inventory import published_tensors
-from step35_patch.megatron_layout import extra_states, megatron_tensors, published_runs
-from step35_patch.progress import Progress
+from step35_patch.convert.progress import Progress
+from step35_patch.storage.hf_folder import INDEX, CheckpointError
+from step35_patch.tensors.megatron import extra_states, megatron_tensors, published_runs
+from step35_patch.tensors.published import published_tensors
+from step35_patch.tensors.qkv import DriftedGateError
 
 GATE_LAYOUTS = ("headwise", "expanded")
 # The lists that have an entry for each MTP layer in tests' configs.
@@ -225,8 +225,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert sum(p.stat().st_size for p in hf.iterdir()) > 1.1e9
     program = """if True:
         import sys
-        from step35_patch import convert
-        from step35_patch.progress import peak_memory
+        from step35_patch.convert import to_megatron as convert
+        from step35_patch.convert.progress import peak_memory
         top = sys.argv[1]
         base = peak_memory()
         convert.convert_to_megatron(top + "/hf", top + "/m")
@@ -442,7 +442,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(terminal, monkeypat
             return terminal
 
     now = iter(range(0, 1000, 15))
-    monkeypatch.setattr("step35_patch.progress.time.monotonic", lambda: float(next(now)))
+    monkeypatch.setattr("step35_patch.convert.progress.time.monotonic", lambda: float(next(now)))
     stream = Stream()
     progress = Progress(3_000_000_000, stream)
     progress.add(1_500_000_000)

@@ -32,7 +32,7 @@ import torch
 from reference import random_weights, tiny_config, write_hf_folder
 from safetensors.torch import load_file, save_file
 
-from step35_patch.hf_files import INDEX
+from step35_patch.storage.hf_folder import INDEX
 
 RELEASE, TRACKER = "release", "latest_checkpointed_iteration.txt"
 SEED = 20250731
@@ -522,7 +522,7 @@ def test_interrupt_ends_the_run_soon(direction, tmp_path, times):
     out = tmp_path / "out"
     hook = """
 import time
-from step35_patch.staging import SummedFile
+from step35_patch.storage.staging import SummedFile
 write = SummedFile.write
 
 def slow(self, data):
@@ -545,7 +545,9 @@ SummedFile.write = slow
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["torch", "pydantic", "step35_patch.staging", "torch swallows"])
+@pytest.mark.parametrize(
+    "module", ["torch", "pydantic", "step35_patch.storage.staging", "torch swallows"]
+)
 def test_interrupt_while_it_starts_is_clean(world, tmp_path, module):
     """Most of the first seconds goes to imports, of which some swallow what is raised in them."""
     argv = world.directions["to-megatron"].argv(tmp_path / "out")
@@ -706,7 +708,7 @@ def test_space_of_a_cut_short_file_is_free_again(direction, tmp_path):
         out = disk / "out"
         hook = """
 import os, signal
-from step35_patch.staging import SummedFile
+from step35_patch.storage.staging import SummedFile
 write = SummedFile.write
 
 def patched(self, data):
@@ -1578,7 +1580,7 @@ def test_values_that_do_not_fit_the_dtype_are_reported(direction, world, tmp_pat
 
 # One byte of a file's weights reaches the disk flipped, whatever the program believes.
 _LOST_WRITE = """
-from step35_patch.staging import SummedFile
+from step35_patch.storage.staging import SummedFile
 
 init, lost = SummedFile.__init__, []
 
@@ -1620,8 +1622,9 @@ def test_check_names_the_tensor_that_differs(direction, world, tmp_path):
     """The memory was wrong before the check sum was made; the next run does not trust the file."""
     out = tmp_path / "out"
     hook = """
-import step35_patch.conversion_run as conversion_run
-from step35_patch import hf_files, torch_dist
+import step35_patch.convert.job as conversion_run
+from step35_patch.storage import hf_folder as hf_files
+from step35_patch.storage import torch_dist
 
 same, spoiled = conversion_run.Job.look_at, []
 

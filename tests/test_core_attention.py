@@ -12,8 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from step35_patch.core_attention import Step35DotProductAttention
-from step35_patch.windowed_attention import (
+from step35_patch.model.core_attention import Step35DotProductAttention
+from step35_patch.model.windowed_attention import (
     attend_to_prefix,
     packed_windowed_attention,
     windowed_attention,

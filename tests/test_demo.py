@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from step35_patch import demo
+from step35_patch.commands import demo
 from step35_patch.config import Step35Config, packaged_config_path
 
 

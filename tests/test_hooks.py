@@ -19,8 +19,8 @@ from test_parity import compare
 import step35_patch
 from step35_patch import Step35Config, Step35DecoderLayer, Step35ModelProvider
 from step35_patch.checkpoint import load_hf_weights
-from step35_patch.runtime import model_fields
-from step35_patch.swiglu import ClampedSwiGLU
+from step35_patch.model.description import model_fields
+from step35_patch.model.swiglu import ClampedSwiGLU
 
 pytestmark = pytest.mark.megatron
 
@@ -181,7 +181,7 @@ def test_stock_layer_inside_the_model_is_an_error(active):
 
 
 def test_check_names_each_module_that_is_wrong(active):
-    from step35_patch.verify import check_model
+    from step35_patch.patch.built_model import check_model
 
     model = build(active[2])
     runtime = model.config.step35
@@ -260,7 +260,7 @@ def test_layer_index_of_every_kind(active):
 
 
 def test_one_line_says_what_is_built(active, capsys):
-    from step35_patch.verify import announce
+    from step35_patch.patch.built_model import announce
 
     announce.cache_clear()
     config = hand_made(active[0])

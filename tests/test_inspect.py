@@ -11,7 +11,7 @@ from config_samples import edited, published, tiny
 
 from step35_patch.cli import main
 from step35_patch.config import Step35Config, packaged_config_path
-from step35_patch.inventory import TensorInfo, published_tensors
+from step35_patch.tensors.published import TensorInfo, published_tensors
 
 TOTALS = {
     "decoder_layers": 45,

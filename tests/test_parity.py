@@ -202,7 +202,7 @@ def test_layers_do_not_share_or_change_the_configuration(hf_folder):
 
 
 def test_rope_is_computed_once_for_each_kind_of_layer(hf_folder, monkeypatch):
-    from step35_patch import rope
+    from step35_patch.model import rope
 
     folder, _ = hf_folder(tiny_config(), seed=1)
     model = build(folder)

@@ -22,13 +22,13 @@ from reference import (
 )
 from test_parity import compare
 
-import step35_patch.attention
-import step35_patch.gate_layout
-import step35_patch.mtp
+import step35_patch.model.attention
+import step35_patch.model.mtp
+import step35_patch.tensors.qkv
 from step35_patch import Step35Config
 from step35_patch.checkpoint import load_hf_weights
-from step35_patch.norm import Step35RMSNorm
-from step35_patch.swiglu import ClampedSwiGLU
+from step35_patch.model.norm import Step35RMSNorm
+from step35_patch.model.swiglu import ClampedSwiGLU
 
 pytestmark = pytest.mark.megatron
 
@@ -81,7 +81,7 @@ def _gate_of_the_next_head(self, x, gate):
     return (x.view(*gate.shape, -1) * gate.roll(1, -1).sigmoid().unsqueeze(-1)).view(x.shape)
 
 
-_pack_qkv = step35_patch.gate_layout.pack_qkv
+_pack_qkv = step35_patch.tensors.qkv.pack_qkv
 
 
 def _gate_after_the_keys(q, k, v, g, plan, layout):
@@ -109,12 +109,12 @@ WRONG_CODE = {
     "gate clamped from below": (ClampedSwiGLU, "forward", _clamp_gate_below_too),
     "uncentred norm": (Step35RMSNorm, "forward", _uncentred_norm),
     "gate without sigmoid": (
-        step35_patch.attention.Step35SelfAttention,
+        step35_patch.model.attention.Step35SelfAttention,
         "_apply_output_gate",
         _gate_without_sigmoid,
     ),
     "gate of another head": (
-        step35_patch.attention.Step35SelfAttention,
+        step35_patch.model.attention.Step35SelfAttention,
         "_apply_output_gate",
         _gate_of_the_next_head,
     ),
@@ -132,7 +132,7 @@ WRONG_CODE = {
         rotary_base=lambda p: 50.0 if p.is_mtp else p.rotary_base
     ),
     "the model's output matrix for the MTP layers": (
-        "step35_patch.mtp",
+        "step35_patch.model.mtp",
         "by_depth",
         _output_layer_of_the_model.__func__,
     ),

@@ -20,10 +20,12 @@ from layout_runs import layout_config
 from reference import FULL, tiny_config
 
 import step35_patch
-from step35_patch import Step35Config, activation, cpu, reports
-from step35_patch.accounting import Parameters, layer_activation_bytes, training_flops
+from step35_patch import Step35Config, cpu
 from step35_patch.config import packaged_config_path
-from step35_patch.runtime import from_settings
+from step35_patch.costs import megatron_reports as reports
+from step35_patch.costs.accounting import Parameters, layer_activation_bytes, training_flops
+from step35_patch.model.description import from_settings
+from step35_patch.patch import activation
 
 pytestmark = pytest.mark.megatron
 

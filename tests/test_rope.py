@@ -13,7 +13,7 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7RotaryEmbedding
 
 from step35_patch import Step35Config
 from step35_patch.config import packaged_config_path
-from step35_patch.rope import inverse_frequencies, rotary_pos_emb
+from step35_patch.model.rope import inverse_frequencies, rotary_pos_emb
 
 pytestmark = pytest.mark.megatron
 

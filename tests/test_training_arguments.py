@@ -10,8 +10,8 @@ import pytest
 from reference import FULL, tiny_config
 
 import step35_patch
-from step35_patch.consistency import Step35MismatchError, check_checkpoint
-from step35_patch.training_arguments import Step35ArgumentError, add_arguments
+from step35_patch.patch.agreement import Step35MismatchError, check_checkpoint
+from step35_patch.patch.parse_args import Step35ArgumentError, add_arguments
 
 pytestmark = pytest.mark.megatron
 

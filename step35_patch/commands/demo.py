@@ -1,0 +1,428 @@
+"""`step35-patch demo`: train a tiny Step-3.5 through Megatron's own loop, on this machine's CPU.
+
+The demo writes a config with the published model's layer pattern, runs the example script
+(`examples/pretrain_step35.py`) in a child process as a user would, shows its progress, and checks
+three things: Megatron trained to the end, the loss fell, and a second run that starts from a
+checkpoint of the first continues with the losses of the first.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from step35_patch.arguments import CPU_ARGUMENTS
+from step35_patch.config.model import Step35Config, packaged_config_path
+from step35_patch.tensors.published import published_tensors
+
+# How many of the published model's decoder layers are taken, from its last: their pattern begins
+# and ends with a full-attention layer, and the last two have clamps.
+DECODER_LAYERS = 9
+SEQUENCE_LENGTH = 128
+# The losses of the resumed run may differ from the first run's by this much (they are the same
+# numbers in the same order, but Megatron logs seven digits, and threads may sum in another order).
+RESUME_TOLERANCE = 1e-4
+
+_ITERATION = re.compile(r"iteration +(\d+)/ *\d+ \|.* lm loss: (\S+) \|(.*)")
+_MTP_LOSS = re.compile(r"mtp_\d+ loss: (\S+)")
+# What Megatron's loop imports, and the packages that bring it.
+_PACKAGES = {
+    "torch": "torch",
+    "megatron.training": "megatron-core",
+    "yaml": "pyyaml",
+    "psutil": "psutil",
+}
+# Set by launchers, and on some clusters in every shell: the demo is one process, whoever starts it.
+_LAUNCHER_VARIABLES = {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+}
+
+
+class DemoError(Exception):
+    """Training did not do what it should have done; says what was expected and what was found."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the demo.
+
+    Args:
+        argv: the arguments after ``step35-patch demo``.
+
+    Returns:
+        0 if all that is checked holds, 1 if not, 130 if interrupted.
+    """
+    options = _options(argv)
+    folder = options.keep or Path(tempfile.mkdtemp(prefix="step35-demo-"))
+    try:
+        _demo(folder, options.iterations, options.verbose)
+        status = 0
+    except DemoError as error:
+        print(f"\nThe demo failed: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        status = 130
+    if options.keep or status == 1:
+        print(f"Config, checkpoints and Megatron's log are in {folder}")
+    else:
+        shutil.rmtree(folder)
+    return status
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="step35-patch demo",
+        description="Train a tiny Step-3.5 through Megatron's own training loop, on the CPU.",
+    )
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=60,
+        help="how many (%(default)s), at least 6; the last third runs again from a checkpoint",
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="DIR",
+        type=Path,
+        help="write config, checkpoints and Megatron's log to this new folder and keep them",
+    )
+    parser.add_argument("--verbose", action="store_true", help="show Megatron's log as it comes")
+    options = parser.parse_args(argv)
+    if options.iterations < 6:
+        parser.error(f"--iterations: expected at least 6, found {options.iterations}")
+    if options.keep is not None:
+        try:
+            options.keep.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--keep: {error}")
+        if any(options.keep.iterdir()):
+            parser.error(
+                f"--keep: expected a new or an empty folder, found files in {options.keep}"
+            )
+    return options
+
+
+def _demo(folder: Path, iterations: int, verbose: bool) -> None:
+    began = time.monotonic()
+    _check_packages()
+    document = tiny_config()
+    config_path = folder / "config.json"
+    config_path.write_text(json.dumps(document, indent=1) + "\n")
+    config = Step35Config.from_pretrained(config_path)
+    checkpoints = folder / "checkpoints"
+    log = folder / "megatron.log"
+    saved_at = iterations * 2 // 3
+    command = _command(iterations)
+    saving = [*command, "--save", str(checkpoints), "--save-interval", str(saved_at)]
+    loading = [*command, "--load", str(checkpoints), "--ckpt-step", str(saved_at)]
+    loading.append("--exit-on-missing-checkpoint")
+
+    print(_describe(config))
+    print(f"config: {config_path}\nMegatron's log: {log}\n\nTraining on the CPU with\n")
+    print(_for_a_shell(config_path, saving), end="\n\n")
+    first = _train(saving, config_path, log, "training", verbose)
+    before, after = check_loss_fell(first.losses, iterations)
+    print(f"\n{first.report}\n")
+    print(f"The loss fell from {before:.3f} to {after:.3f} (mean of the last iterations).\n")
+
+    print(f"Again from the checkpoint of iteration {saved_at}: the same command with\n")
+    print(f"    {shlex.join(loading[len(command) :])}\n")
+    second = _train(loading, config_path, log, "resuming", verbose)
+    compared, difference = check_same_losses(first.losses, second.losses, saved_at)
+    print(
+        f"\nThe losses after iteration {saved_at} are those of the run that was not interrupted\n"
+        f"({compared} compared, largest difference {difference:.1g}): weights, optimizer, learning "
+        "rate and place\nin the data came back."
+    )
+    print(f"\nDone in {time.monotonic() - began:.0f} s.")
+
+
+# --- The model and its command ------------------------------------------------------------------
+
+
+def tiny_config() -> dict:
+    """A config.json with the layers of the published one's end, in a size for a CPU.
+
+    Nine decoder layers (full attention at 0, 4 and 8, sliding elsewhere; the first three dense, the
+    others MoE; clamps in the last two) and the three MTP layers, with the published relations:
+    sliding layers have 1.5 times the heads, full ones rotate half a head and scale their RoPE.
+    The clamps, the window and the length from which RoPE is scaled are small enough to matter.
+    """
+    published = json.loads(packaged_config_path().read_text())
+    layers = published["num_hidden_layers"] + published["num_nextn_predict_layers"]
+    first = published["num_hidden_layers"] - DECODER_LAYERS
+    document = {
+        name: value[first:] if isinstance(value, list) and len(value) == layers else value
+        for name, value in published.items()
+    }
+    heads = {"num_attention_heads": 4, "num_attention_groups": 2, "head_dim": 16}
+    sliding = heads | {"num_attention_heads": 6, "true_head_dim": 16}
+    limits = {7.0: 0.5, 16.0: 1.0, 0.0: 0.0}
+    return (
+        document
+        | heads
+        | {
+            "torch_dtype": "float32",
+            "num_hidden_layers": DECODER_LAYERS,
+            "hidden_size": 64,
+            "intermediate_size": 176,
+            "vocab_size": 256,  # a byte
+            "max_seq_len": SEQUENCE_LENGTH,
+            "max_position_embeddings": SEQUENCE_LENGTH,
+            "attention_other_setting": document["attention_other_setting"] | sliding,
+            "sliding_window": 24,
+            "rope_scaling": document["rope_scaling"] | {"original_max_position_embeddings": 64},
+            "moe_layers_enum": list(range(3, DECODER_LAYERS)),
+            "moe_num_experts": 8,
+            "moe_top_k": 2,
+            "moe_intermediate_size": 32,
+            "share_expert_dim": 32,
+            "swiglu_limits": [limits[limit] for limit in document["swiglu_limits"]],
+            "swiglu_limits_shared": [limits[limit] for limit in document["swiglu_limits_shared"]],
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
+    )
+
+
+def _describe(config: Step35Config) -> str:
+    decoder = config.layers[: config.num_hidden_layers]
+    full = sum(plan.window_size is None for plan in decoder)
+    moe = sum(plan.is_moe for plan in decoder)
+    published = Step35Config.from_pretrained(packaged_config_path())
+    ours, theirs = (
+        sum(tensor.num_elements for tensor in published_tensors(c)) for c in (config, published)
+    )
+    return textwrap.fill(
+        f"A tiny Step-3.5 ({ours:,} parameters, the published one has {theirs:,}): {len(decoder)} "
+        f"decoder layers, {full} with full attention and {len(decoder) - full} with a window of "
+        f"{config.sliding_window} keys, {len(decoder) - moe} dense and {moe} MoE with "
+        f"{config.moe_num_experts} experts; {config.num_nextn_predict_layers} MTP layers; clamped "
+        "SwiGLU in the last two decoder layers. The text is Python's documentation, its tokens are "
+        "bytes.",
+        width=100,
+    )
+
+
+def _command(iterations: int) -> list[str]:
+    training = f"""
+        --tokenizer-type NullTokenizer --seq-length {SEQUENCE_LENGTH}
+        --micro-batch-size 8 --global-batch-size 8 --num-workers 0
+        --train-iters {iterations} --lr 5e-3 --lr-decay-style constant --lr-warmup-iters 3
+        --weight-decay 0.01 --clip-grad 1.0 --seed 1234
+        --eval-iters 0 --eval-interval {iterations} --log-interval 1
+        --moe-token-dispatcher-type alltoall --ckpt-format torch_dist
+    """
+    return [
+        *(sys.executable, "-m", "step35_patch", str(example_script())),
+        *CPU_ARGUMENTS,
+        *training.split(),
+    ]
+
+
+def example_script() -> Path:
+    """Where `pretrain_step35.py` is installed.
+
+    Raises:
+        DemoError: it is not there.
+    """
+    here = Path(__file__).parents[1]
+    # In an installed wheel, and in a source tree (an editable installation is one too).
+    for folder in (here / "examples", here.parent / "examples"):
+        if (script := folder / "pretrain_step35.py").exists():
+            return script
+    raise DemoError(
+        f"expected the example script pretrain_step35.py in {here / 'examples'}, found none. "
+        "Install step35-patch again."
+    )
+
+
+def _check_packages() -> None:
+    missing = []
+    for module, package in _PACKAGES.items():
+        try:
+            found = importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError:  # the parent is missing
+            found = False
+        if not found:
+            missing.append(package)
+    if missing:
+        raise DemoError(
+            f"expected the packages that Megatron's training loop needs, found no "
+            f"{', '.join(missing)}. Install them: pip install 'step35-patch[training]'"
+        )
+
+
+def _environment(config_path: Path) -> dict[str, str]:
+    """What the child process is told besides its arguments."""
+    return {
+        "STEP35_CONFIG": str(config_path),
+        "CUDA_VISIBLE_DEVICES": "",
+        # Its matrices are too small to share, and threads that wait for each other on a busy
+        # machine make an iteration take seconds.
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _for_a_shell(config_path: Path, command: list[str]) -> str:
+    """The command as it can be pasted into a shell, a few arguments a line."""
+    variables = [f"{name}={shlex.quote(v)}" for name, v in _environment(config_path).items()]
+    words = " ".join([*variables, *map(shlex.quote, command)])
+    words = re.sub(r"(--\S+) (?!--)", "\\1\0", words)  # an option and its value stay together
+    lines = textwrap.wrap(
+        words, 94, break_long_words=False, break_on_hyphens=False, subsequent_indent="  "
+    )
+    return textwrap.indent(" \\\n".join(lines).replace("\0", " "), "    ")
+
+
+# --- A run of the script ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a child process wrote.
+
+    Args:
+        losses: the logged loss of each iteration (nats a token).
+        report: what step35_patch said that it had patched.
+    """
+
+    losses: dict[int, float]
+    report: str
+
+
+def _train(command: list[str], config_path: Path, log: Path, title: str, verbose: bool) -> _Run:
+    """Run the script to its end, showing its progress.
+
+    Raises:
+        DemoError: the script did not end with exit status 0; carries the end of its output.
+    """
+    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
+    environment |= _environment(config_path) | {"PYTHONUNBUFFERED": "1"}
+    iterations = int(command[command.index("--train-iters") + 1])
+    progress = _Progress(title, iterations, quiet=verbose)
+    losses: dict[int, float] = {}
+    lines: list[str] = []
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    try:
+        with log.open("a") as log_file:
+            for line in process.stdout:
+                log_file.write(line)
+                log_file.flush()
+                lines.append(line.rstrip())
+                if verbose:
+                    print(line, end="", flush=True)
+                if match := _ITERATION.search(line):
+                    iteration, loss = int(match[1]), float(match[2])
+                    losses[iteration] = loss
+                    progress.show(iteration, loss, [float(x) for x in _MTP_LOSS.findall(match[0])])
+        status = process.wait()
+    finally:
+        progress.end()
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if status != 0:
+        tail = "\n".join(lines[-25:])
+        raise DemoError(f"the script ended with status {status}. Its last lines ({log}):\n{tail}")
+    return _Run(losses, "\n".join(_report(lines)))
+
+
+def _report(lines: list[str]) -> Iterator[str]:
+    """The lines of step35_patch's own report: its heading and what is indented below it."""
+    inside = False
+    for line in lines:
+        inside = line.startswith("step35_patch ") or inside and line.startswith(("active", "  "))
+        if inside:
+            yield line
+
+
+class _Progress:
+    """One line that is written again and again on a terminal; ten lines elsewhere."""
+
+    def __init__(self, title: str, iterations: int, quiet: bool):
+        self._title, self._iterations, self._quiet = title, iterations, quiet
+        self._terminal = sys.stdout.isatty()
+        self._shown = False
+        if self._terminal and not quiet:
+            print(f"{title}: starting Megatron ...", end="", flush=True)
+            self._shown = True
+
+    def show(self, iteration: int, loss: float, mtp_losses: list[float]) -> None:
+        """Say where training is; losses are in nats a token."""
+        if self._quiet:
+            return
+        filled = 20 * iteration // self._iterations
+        mtp = " ".join(f"{mtp_loss:.3f}" for mtp_loss in mtp_losses)
+        text = (
+            f"{self._title} [{'#' * filled}{'.' * (20 - filled)}] "
+            f"{iteration:3d}/{self._iterations}  loss {loss:.3f}  MTP {mtp}"
+        )
+        if self._terminal:
+            print(f"\r\033[K{text}", end="", flush=True)
+        elif iteration == 1 or iteration % max(1, self._iterations // 10) == 0:
+            print(text, flush=True)
+
+    def end(self) -> None:
+        """Leave the line."""
+        if self._shown:
+            print()
+
+
+# --- What is checked ----------------------------------------------------------------------------
+
+
+def check_loss_fell(losses: dict[int, float], iterations: int) -> tuple[float, float]:
+    """The first loss, and the mean of the last tenth of them (three at least), in nats a token."""
+    if sorted(losses) != list(range(1, iterations + 1)):
+        raise DemoError(
+            f"expected a loss for each of {iterations} iterations in Megatron's log, found "
+            f"{len(losses)}: {sorted(losses)}"
+        )
+    last = [losses[i] for i in range(iterations - max(3, iterations // 10) + 1, iterations + 1)]
+    before, after = losses[1], sum(last) / len(last)
+    if not after < before:
+        raise DemoError(f"expected the loss to fall, found {before:.4f}, and {after:.4f} at last")
+    return before, after
+
+
+def check_same_losses(
+    first: dict[int, float], second: dict[int, float], saved_at: int
+) -> tuple[int, float]:
+    """The number of losses that can be compared, and the largest difference.
+
+    Megatron's log has, for the second iteration after a start, the mean of the first two.
+    """
+    expected = [i for i in sorted(first) if i > saved_at]
+    if sorted(second) != expected:
+        raise DemoError(
+            f"expected the second run to train iterations {expected[0]} to {expected[-1]}, found "
+            f"{sorted(second)}: it did not continue from the checkpoint"
+        )
+    compared = [i for i in expected if i != saved_at + 2]
+    difference = max(abs(first[i] - second[i]) for i in compared)
+    if not difference <= RESUME_TOLERANCE:
+        raise DemoError(
+            f"expected the losses after iteration {saved_at} again, found a difference of "
+            f"{difference:.3g}: the checkpoint did not bring everything back"
+        )
+    return len(compared), difference

@@ -1,0 +1,1 @@
+"""What a model costs: operations, parameters and bytes, counted from its config."""

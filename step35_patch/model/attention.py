@@ -1,0 +1,190 @@
+"""Self-attention of a Step-3.5 layer: own RoPE and the head-wise output gate.
+
+Megatron-Core's `SelfAttention` does the work; its per-layer config has the layer's heads, groups
+and window. Two layouts of the gate are known:
+
+- `headwise`: `linear_qkv` has one row a head for the gate, by query group
+  [q (r * d) | gate (r) | k (d) | v (d)] with r heads a group and d channels a head. Exact in
+  training, 96 or 64 rows more than q, k and v.
+- `expanded`: Megatron-Core's own `attention_output_gate` layout [q (r * d) | gate (r * d) | k | v],
+  in which each head's gate row stands d times. Interchangeable with tools that know only that
+  layout, at the cost of the redundant rows. With Megatron-Core's own gate, where each row gates
+  a channel, they drift apart in training. Here a head is gated by the first of its rows, which
+  alone is trained, with the gradients, their norm and the steps of the head-wise layout; the
+  others are made equal to it wherever weights leave the model, and must be where they enter it.
+
+Shapes: s sequence, b batch, h hidden size, np / ng heads / query groups of this
+tensor-parallel rank, hn channels a head.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from step35_patch.model.rope import rotary_pos_emb
+from step35_patch.tensors.qkv import refuse_drift
+
+
+def build_headwise_qkv(linear, input_size: int, output_size: int, /, *, config, **kwargs):
+    """Build `linear_qkv` with one gate row a head.
+
+    Megatron-Core's SelfAttention asks for kv_channels gate rows a head when
+    `attention_output_gate` is set; the difference is taken off again here.
+
+    Args:
+        linear: the column-parallel linear class of the spec.
+        input_size, output_size: as SelfAttention passes them.
+        config: the layer's config.
+    """
+    if not config.attention_output_gate:
+        raise ValueError(
+            "the head-wise gate needs attention_output_gate=True on the layer's config"
+        )
+    rows = output_size - config.num_attention_heads * (config.kv_channels - 1)
+    return linear(input_size, rows, config=config, **kwargs)
+
+
+def _tie_before_saving(attention: Step35SelfAttention, prefix: str, keep_vars: bool) -> None:
+    attention.tie_gate_rows()
+
+
+def _check_after_loading(attention: Step35SelfAttention, incompatible_keys: object) -> None:
+    attention.check_gate_rows()
+
+
+class Step35SelfAttention(SelfAttention):
+    """Megatron-Core's SelfAttention with the layer's own RoPE and the gate of its layout.
+
+    Built by `Step35DecoderLayer` with that layer's config, which carries `step35_layer` (its
+    LayerPlan) and `step35` (the model's Step35Runtime).
+    """
+
+    def __init__(self, config: TransformerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        gate_layout = config.step35.gate_layout if config.attention_output_gate else None
+        self.headwise_gate = gate_layout == "headwise"
+        self.tied_gate = gate_layout == "expanded"
+        if self.tied_gate:
+            self.tie_gate_rows()  # they are drawn differently
+            self.register_state_dict_pre_hook(_tie_before_saving)
+            self.register_load_state_dict_post_hook(_check_after_loading)
+
+    def tied_gate_rows(self, tensor: Tensor) -> Tensor:
+        """The gate rows of the `expanded` linear_qkv weight, or of its gradient, as a view.
+
+        Args:
+            tensor: this rank's [rows, h].
+
+        Returns:
+            [groups, heads a group, d, h]: the d rows of each head that stand for one of g_proj.
+        """
+        groups = self.num_query_groups_per_partition
+        heads = self.num_attention_heads_per_partition // groups
+        by_head = tensor.view(groups, 2 * heads + 2, self.hidden_size_per_attention_head, -1)
+        return by_head[:, heads : 2 * heads]
+
+    def tie_gate_rows(self) -> None:
+        """Copy the first row of each head of an `expanded` gate to its others."""
+        # Through .data: micro-batches in flight hold the weight, and none uses the other rows.
+        rows = self.tied_gate_rows(self.linear_qkv.weight.data)
+        rows.copy_(rows[:, :, :1].clone().expand_as(rows))
+
+    def check_gate_rows(self) -> None:
+        """Refuse weights of an `expanded` gate whose rows of a head differ.
+
+        Raises:
+            DriftedGateError: they were trained with Megatron-Core's own gate.
+        """
+        rows = self.tied_gate_rows(self.linear_qkv.weight.data)
+        refuse_drift(rows, f"layer {self.config.step35_layer.index}: linear_qkv")
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """As Megatron-Core's, with tied gate rows."""
+        if self.tied_gate:
+            self.tie_gate_rows()
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        key_value_states: Tensor | None = None,
+        inference_context=None,
+        rotary_pos_emb: Tensor | None = None,  # the model-wide one, which is not this layer's
+        rotary_pos_cos: Tensor | None = None,
+        rotary_pos_sin: Tensor | None = None,
+        rotary_pos_cos_sin: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        sequence_len_offset: int | None = None,
+        *,
+        inference_params=None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states: [s, b, h]; returns ([s, b, h], bias or None), as Megatron-Core's does.
+
+        Raises:
+            NotImplementedError: an inference context is given; its key-value cache knows
+                neither per-layer RoPE nor per-layer windows.
+        """
+        if inference_context is not None or inference_params is not None:
+            raise NotImplementedError(
+                "Step-3.5 layers train and evaluate; generation with Megatron-Core's inference "
+                "context is not supported. Save the weights with "
+                "step35_patch.checkpoint.save_hf_weights and serve them from there."
+            )
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            key_value_states=key_value_states,
+            rotary_pos_emb=self._own_rotary_pos_emb(hidden_states, packed_seq_params),
+            attention_bias=attention_bias,
+            packed_seq_params=packed_seq_params,
+            sequence_len_offset=sequence_len_offset,
+        )
+
+    def _own_rotary_pos_emb(
+        self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None
+    ) -> Tensor:
+        return rotary_pos_emb(
+            self.config.step35_layer,
+            self.config,
+            hidden_states,
+            packed_seq_params,
+            self.pg_collection.cp,
+        )
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        output_gate: bool = False,
+        split_qkv: bool = True,
+    ):
+        """hidden_states: [s, b, h]; returns query [s, b, np, hn], key and value [s, b, ng, hn],
+        and with a gate its logits: [s, b, np] (headwise) or [s, b, np, hn] (expanded)."""
+        if not (output_gate and self.headwise_gate):
+            return super().get_query_key_value_tensors(
+                hidden_states, key_value_states, output_gate=output_gate, split_qkv=split_qkv
+            )
+        if not split_qkv:
+            raise ValueError("fused_single_qkv_rope does not know the gate: leave it off")
+        mixed, _ = self.linear_qkv(hidden_states)
+        groups, channels = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        heads = self.num_attention_heads_per_partition // groups
+        sections = [heads * channels, heads, channels, channels]
+        mixed = mixed.view(*mixed.shape[:-1], groups, sum(sections))
+        query, gate, key, value = torch.split(mixed, sections, dim=-1)
+        query = query.reshape(*query.shape[:2], groups * heads, channels)
+        gate = gate.reshape(*gate.shape[:2], groups * heads)
+        return self.q_layernorm(query), self.k_layernorm(key), value, gate
+
+    def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
+        """x: [s, b, np * hn]; gate: logits as above; multiplies each head by its sigmoid."""
+        if not self.headwise_gate:
+            gate = gate[..., 0]
+        heads = x.view(*gate.shape, self.hidden_size_per_attention_head)
+        return (heads * torch.sigmoid(gate.float()).unsqueeze(-1)).to(x.dtype).view(x.shape)

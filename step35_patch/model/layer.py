@@ -1,0 +1,173 @@
+"""Step35DecoderLayer: Megatron-Core's TransformerLayer with the numbers of its own layer.
+
+The layer finds its absolute index, takes that index's LayerPlan, and gives everything that it
+builds a copy of the model's config with the plan's values in it. The model's config is never
+changed, and no two layers share a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from megatron.core.utils import get_pg_rank
+
+from step35_patch.config.layer_plan import LayerPlan
+from step35_patch.model.description import Step35Runtime, runtime_for
+
+# Options of Megatron-Core that would compute something else than Step-3.5 does, or skip the
+# layer's own RoPE, window, gate or clamp without a word: field, the only legal value.
+_FIXED_OPTIONS = {
+    "window_size": None,
+    "window_attn_skip_freq": None,
+    "no_rope_freq": None,
+    "rotary_interleaved": False,
+    "multi_latent_attention": False,
+    "qk_l2_norm": False,
+    "qk_clip": False,
+    "flash_decode": False,
+    "fused_single_qkv_rope": False,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "use_transformer_engine_op_fuser": False,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_apply_probs_on_input": False,
+    "moe_latent_size": None,
+    "mtp_use_repeated_layer": False,
+    "experimental_attention_variant": None,
+    "heterogeneous_block_specs": False,
+    "softmax_type": "vanilla",
+    "apply_residual_connection_post_layernorm": False,
+    "fp32_residual_connection": False,
+    "use_mup": False,
+}
+
+
+def check_options(config: TransformerConfig) -> None:
+    """Raise ValueError listing every option that does not go with a Step-3.5 layer.
+
+    Options that this Megatron-Core does not have cannot be set and are passed over.
+    """
+    lines = [
+        f"{name}: expected {expected!r}, found {getattr(config, name)!r}"
+        for name, expected in _FIXED_OPTIONS.items()
+        if hasattr(config, name) and getattr(config, name) != expected
+    ]
+    groups = config.num_query_groups
+    if groups % config.tensor_model_parallel_size:
+        lines.append(
+            f"tensor_model_parallel_size: expected a divisor of num_query_groups={groups}, "
+            f"found {config.tensor_model_parallel_size}"
+        )
+    if lines:
+        raise ValueError(
+            "options that a Step-3.5 model cannot be built with (layer-dependent values come from "
+            "the Step-3.5 config):\n  " + "\n  ".join(lines)
+        )
+
+
+def layer_config(
+    config: TransformerConfig, runtime: Step35Runtime, plan: LayerPlan
+) -> TransformerConfig:
+    """A copy of the model's config for the layer of `plan`; `config` itself stays as it is.
+
+    The copy has, besides the fields set below, `step35` (the runtime) and `step35_layer` (the
+    plan). It is shallow: callables and process-wide objects in it are the model's own.
+    """
+    own = copy.copy(config)
+    own.step35 = runtime
+    own.step35_layer = plan
+    own.num_attention_heads = plan.num_attention_heads
+    own.num_query_groups = plan.num_query_groups
+    own.kv_channels = plan.kv_channels
+    own.window_size = plan.window_size
+    own.attention_output_gate = runtime.config.use_head_wise_attn_gate
+    # Hands gate and up to `swiglu.ClampedSwiGLU`; without a limit the fused SwiGLU stays in use.
+    limits = (plan.swiglu_limit if plan.is_moe else None, plan.swiglu_limit_shared)
+    own.use_te_activation_func = any(limit is not None for limit in limits)
+    return own
+
+
+class Step35DecoderLayer(TransformerLayer):
+    """One decoder or MTP layer of Step-3.5, built from its LayerPlan.
+
+    Args:
+        config: the model's TransformerConfig. It is a Step-3.5 config if it comes from
+            `Step35ModelProvider` or if the active config (`step35_patch.activate`) has its shape.
+        submodules: the spec's submodules, as `step35_patch.model.specs` makes them.
+        layer_number: 1-based; within the pipeline stage for decoder layers, within the MTP
+            layers for MTP layers, absolute with `add_layer_offset=False`.
+        hidden_dropout, pg_collection, vp_stage, is_mtp_layer, add_layer_offset, pp_layer_offset,
+            name: as in Megatron-Core's TransformerLayer.
+
+    Attributes:
+        plan: the layer's LayerPlan; `plan.index` is the absolute 0-based index, MTP layers
+            counted after the decoder's whatever the pipeline size.
+
+    Raises:
+        ValueError: the config is no Step-3.5 config, or has options that don't go with it.
+        IndexError: the layer's index is outside the config's layers.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        layer_number: int = 1,
+        hidden_dropout: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+        is_mtp_layer: bool = False,
+        add_layer_offset: bool = True,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
+    ):
+        runtime = runtime_for(config)
+        if runtime is None:
+            raise ValueError(
+                "Step35DecoderLayer: the TransformerConfig is no Step-3.5 model; make it with "
+                "Step35ModelProvider, or activate a config of its shape (step35_patch.activate, "
+                "STEP35_CONFIG)"
+            )
+        check_options(config)
+        if pg_collection is None:
+            pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        if is_mtp_layer:
+            # Megatron-Core numbers MTP layers from 1 on whichever stage they are.
+            index = runtime.config.num_hidden_layers + layer_number - 1
+        elif not add_layer_offset:
+            index = layer_number - 1
+        else:
+            stage = get_pg_rank(pg_collection.pp)
+            index = layer_number - 1 + get_transformer_layer_offset(config, vp_stage, stage)
+        self.plan = runtime.layer(index, is_mtp=is_mtp_layer)
+        # Absent in releases whose TransformerLayer does not name its modules.
+        named = {} if name is None else {"name": name}
+        super().__init__(
+            layer_config(config, runtime, self.plan),
+            submodules,
+            layer_number=layer_number,
+            hidden_dropout=hidden_dropout,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+            is_mtp_layer=is_mtp_layer,
+            add_layer_offset=add_layer_offset,
+            pp_layer_offset=pp_layer_offset,
+            **named,
+        )
+        if not is_mtp_layer and self.layer_number != index + 1:
+            raise RuntimeError(
+                f"layer {index}: Megatron-Core numbers it {self.layer_number}, expected {index + 1}"
+            )
+        if self.plan.is_moe != hasattr(self.mlp, "experts"):
+            raise ValueError(
+                f"layer {index}: the config has {'MoE' if self.plan.is_moe else 'a dense MLP'} "
+                f"there, the spec builds {type(self.mlp).__name__}; check moe_layer_freq against "
+                "moe_layers_enum"
+            )

@@ -1,0 +1,217 @@
+"""Step35ModelProvider: a Step-3.5 model without pretrain_gpt.py and its arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from step35_patch.config.model import Step35Config
+from step35_patch.model.description import Step35Runtime, check, model_fields
+from step35_patch.patch import activation
+
+# Provider field: the Hugging Face field that it stands for. (TransformerConfig's own fields are
+# held against the config by runtime.check.)
+_SEED_FIELDS = {
+    "layer_types": "layer_types",
+    "attention_other_setting": "attention_other_setting",
+    "rotary_base_per_layer": "rope_theta",
+    "partial_rotary_factors": "partial_rotary_factors",
+    "rope_scaling": "rope_scaling",
+    "yarn_only_types": "yarn_only_types",
+    "swiglu_limits": "swiglu_limits",
+    "swiglu_limits_shared": "swiglu_limits_shared",
+    "head_wise_attn_gate": "use_head_wise_attn_gate",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+}
+
+
+@dataclass
+class Step35ModelProvider(TransformerConfig):
+    """A TransformerConfig of Step-3.5 that builds its GPTModel.
+
+    Usually made by `from_hf`. Made by hand, it takes TransformerConfig's fields and the following
+    ones, and validates them as a Hugging Face config is validated. Lists are by layer: num_layers
+    entries, or those and the MTP layers'.
+
+    Args:
+        layer_types: "full_attention" or "sliding_attention" for each layer.
+        attention_other_setting: the sliding layers' heads, as in the Hugging Face config.
+        sliding_attention_setting: {"sliding_window": W}, in keys, the query's own included.
+        rotary_base_per_layer: RoPE base for each layer, or one for all.
+        partial_rotary_factors: rotated share of a head for each layer; None means 1.0.
+        rope_scaling, yarn_only_types: llama3 scaling and the layer types that it applies to.
+        swiglu_limits, swiglu_limits_shared: clamps for each layer; 0 or None means no clamp.
+        head_wise_attn_gate: whether each head's output is gated.
+        vocab_size, max_position_embeddings: as in the Hugging Face config.
+        gate_layout, window: see `step35_patch.activate`.
+        parallel_output: leave the logits split by vocabulary over the tensor-parallel ranks.
+
+    Raises:
+        Step35ConfigError: fields contradict each other; all problems are listed.
+        ValueError: fields contradict the config that `from_hf` read.
+    """
+
+    layer_types: list[str] | None = None
+    attention_other_setting: dict[str, Any] | None = None
+    sliding_attention_setting: dict[str, Any] | None = None
+    rotary_base_per_layer: list[float] | float | None = None
+    partial_rotary_factors: list[float] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    yarn_only_types: list[str] | None = None
+    swiglu_limits: list[float | None] | None = None
+    swiglu_limits_shared: list[float | None] | None = None
+    head_wise_attn_gate: bool = True
+    vocab_size: int = 0
+    max_position_embeddings: int = 0
+    gate_layout: str = "headwise"
+    window: str = "hf"
+    parallel_output: bool = True
+    hf_config: Step35Config | None = None
+
+    @classmethod
+    def from_hf(cls, path: str | PathLike, **overrides: Any) -> Step35ModelProvider:
+        """The provider of a Hugging Face config.
+
+        Args:
+            path: a config.json, or a folder with one.
+            overrides: TransformerConfig's fields (parallel sizes, precision, recompute, ...),
+                `gate_layout`, `window` and `parallel_output`. One that contradicts the config
+                is an error.
+
+        Raises:
+            Step35ConfigError: the file is not a legal Step-3.5 config.
+        """
+        config = Step35Config.from_pretrained(path)
+        document = config.to_dict()
+        seeds = {
+            name: document[hf_name]
+            for name, hf_name in _SEED_FIELDS.items()
+            if document.get(hf_name) is not None
+        }
+        if config.sliding_window is not None:
+            seeds["sliding_attention_setting"] = {"sliding_window": config.sliding_window}
+        defaults = {
+            "transformer_impl": "transformer_engine" if HAVE_TE else "local",
+            "moe_router_load_balancing_type": "none",
+            # Megatron-Core's defaults are 0.1.
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+        }
+        return cls(hf_config=config, **(defaults | model_fields(config) | seeds | overrides))
+
+    def __post_init__(self) -> None:
+        if self.hf_config is None:
+            self.hf_config = Step35Config.from_dict(self._hf_document())
+            for name, value in model_fields(self.hf_config).items():
+                setattr(self, name, value)
+        self.hetereogenous_dist_checkpoint = True
+        super().__post_init__()
+        self._check_seeds()
+        check(self, self.hf_config, "hf_config")
+        self.step35 = Step35Runtime(self.hf_config, self.gate_layout, self.window)
+
+    def _hf_document(self) -> dict[str, Any]:
+        """The Hugging Face config that the fields describe."""
+        document = {hf: getattr(self, name) for name, hf in _SEED_FIELDS.items()}
+        document |= {
+            "model_type": "step3p5",
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.ffn_hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_nextn_predict_layers": self.mtp_num_layers or 0,
+            "num_attention_heads": self.num_attention_heads,
+            "num_attention_groups": self.num_query_groups,
+            "head_dim": self.kv_channels,
+            "rms_norm_eps": self.layernorm_epsilon,
+            "sliding_window": (self.sliding_attention_setting or {}).get("sliding_window"),
+            "use_moe": self.num_moe_experts is not None,
+            "torch_dtype": str(self.params_dtype).removeprefix("torch."),
+        }
+        if self.num_moe_experts is not None:
+            frequency = self.moe_layer_freq
+            document |= {
+                "moe_layers_enum": [
+                    layer
+                    for layer in range(self.num_layers)
+                    if (layer % frequency == 0 if isinstance(frequency, int) else frequency[layer])
+                ],
+                "moe_num_experts": self.num_moe_experts,
+                "moe_top_k": self.moe_router_topk,
+                "moe_intermediate_size": self.moe_ffn_hidden_size,
+                "share_expert_dim": self.moe_shared_expert_intermediate_size,
+                "moe_router_scaling_factor": self.moe_router_topk_scaling_factor,
+            }
+        return {name: value for name, value in document.items() if value is not None}
+
+    def _check_seeds(self) -> None:
+        document = self.hf_config.to_dict()
+        lines = [
+            f"{name}: the config has {document.get(hf)!r}, found {getattr(self, name)!r}"
+            for name, hf in _SEED_FIELDS.items()
+            if getattr(self, name)
+            != document.get(hf, type(self).__dataclass_fields__[name].default)
+        ]
+        if lines:
+            raise ValueError("fields that contradict hf_config:\n  " + "\n  ".join(lines))
+
+    def provide(
+        self,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        """Build this process's part of the model with Megatron-Core's initialised groups.
+
+        Args:
+            pre_process: with the embedding (first pipeline stage).
+            post_process: with the output layer (last pipeline stage).
+            vp_stage: the model chunk under virtual pipeline parallelism.
+
+        Returns:
+            GPTModel with Step35DecoderLayer as its layers. Called with (input_ids [b, s],
+            position_ids [b, s], attention_mask or None) it returns logits [b, s, vocabulary];
+            with labels [b, s] besides, the loss of each token [b, s].
+
+        Raises:
+            RuntimeError: step35_patch was deactivated.
+        """
+        if activation.status().state == "off":
+            raise RuntimeError(
+                "step35_patch is not active: without its hooks the MTP layers would share one "
+                "output matrix; call step35_patch.activate() first"
+            )
+        use_te = self.transformer_impl == "transformer_engine"
+        # By the module, whose functions the hooks are around.
+        spec = gpt_layer_specs.get_gpt_decoder_block_spec(
+            self, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
+        )
+        mtp_spec = None
+        if self.mtp_num_layers:
+            mtp_spec = gpt_layer_specs.get_gpt_mtp_block_spec(
+                self, spec, use_transformer_engine=use_te, vp_stage=vp_stage
+            )
+        return GPTModel(
+            config=self,
+            transformer_layer_spec=spec,
+            vocab_size=self._padded_vocab_size(),
+            max_sequence_length=self.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=self.parallel_output,
+            share_embeddings_and_output_weights=False,
+            position_embedding_type="rope",
+            mtp_block_spec=mtp_spec,
+            vp_stage=vp_stage,
+        )
+
+    def _padded_vocab_size(self) -> int:
+        """vocab_size, rounded up to a multiple of the tensor-parallel size."""
+        size = self.tensor_model_parallel_size
+        return -(-self.vocab_size // size) * size

@@ -1,0 +1,1 @@
+"""What stands around Megatron-Core's functions, and how it gets there and away again."""

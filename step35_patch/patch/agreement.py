@@ -1,0 +1,121 @@
+"""One model everywhere: on all ranks of a run, and in a checkpoint and the run that loads it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+import step35_patch
+from step35_patch.patch import activation
+
+# How long a rank waits for the others to say what they build. They are past the same collectives.
+_PATIENCE = timedelta(seconds=120)
+
+# What both sides of a comparison must have in common, under the names that
+# `training_arguments.parse` gives them on Megatron's args: name, what it is.
+_MODEL = {
+    "step35_fingerprint": "config fingerprint",
+    "step35_gate_layout": "gate layout",
+    "step35_window": "window",
+}
+
+
+class Step35MismatchError(RuntimeError):
+    """Two parts of a run, or a run and a checkpoint, are of different models."""
+
+
+def _this_model(settings: activation.Settings) -> dict[str, str]:
+    values = (settings.config.fingerprint, settings.gate_layout, settings.window)
+    return dict(zip(_MODEL, values, strict=True))
+
+
+def check_ranks_agree() -> None:
+    """Compare config, gate layout, window and versions over all ranks; collective among them.
+
+    It goes through the store that torch.distributed was initialised with, not through a collective:
+    a rank on which the package is not active would not come to one, and is named here.
+
+    Raises:
+        Step35MismatchError: ranks differ, or did not answer within two minutes; they are named.
+    """
+    settings = activation.active()
+    # Megatron can be told to leave torch.distributed to its caller.
+    if settings is None or not torch.distributed.is_initialized():
+        return
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    own = _this_model(settings) | {
+        "step35_patch": step35_patch.__version__,
+        "Megatron-Core": str(activation.megatron_version()),
+        "torch": torch.__version__,
+    }
+    store = torch.distributed.PrefixStore(
+        "step35_patch", torch.distributed.distributed_c10d._get_default_store()
+    )
+    store.set(f"{rank}", "\n".join(f"{name}={value}" for name, value in own.items()))
+    ranks = [str(other) for other in range(world)]
+    try:
+        store.wait(ranks, _PATIENCE)
+    except torch.distributed.DistStoreError:
+        silent = [other for other in ranks if not store.check([other])]
+        raise Step35MismatchError(
+            f"rank(s) {', '.join(silent)} did not say which Step-3.5 model they build: "
+            "step35_patch is not active there. Give every node the same STEP35_ variables, "
+            "arguments and installation."
+        ) from None
+    by_answer: dict[str, list[str]] = {}
+    for other in ranks:
+        by_answer.setdefault(store.get(other).decode(), []).append(other)
+    if len(by_answer) > 1:
+        answers = [dict(line.split("=", 1) for line in answer.split("\n")) for answer in by_answer]
+        lines = [
+            f"{_MODEL.get(name, name)}: "
+            + ", ".join(
+                f"{answer[name]} on rank(s) {' '.join(whose)}"
+                for answer, whose in zip(answers, by_answer.values())
+            )
+            for name in own
+            if len({answer[name] for answer in answers}) > 1
+        ]
+        raise Step35MismatchError(
+            "the ranks are not of one model:\n  "
+            + "\n  ".join(lines)
+            + "\nGive every node the same config, STEP35_ variables, arguments and installation."
+        )
+
+
+def check_checkpoint(checkpoint_args: Any, name: str) -> None:
+    """Hold the arguments that a Megatron checkpoint carries against this run's model.
+
+    Args:
+        checkpoint_args: the namespace that Megatron saved; one without the package's entries is
+            of another model, or was written by another program. A converted one has no window,
+            which is none of the weights'.
+        name: the checkpoint's, for messages.
+
+    Raises:
+        Step35MismatchError: it is of another config, gate layout or window.
+    """
+    settings = activation.active()
+    if settings is None:
+        return
+    found = {key: getattr(checkpoint_args, key, None) for key in _MODEL}
+    if not any(found.values()):
+        activation.warn(
+            f"{name} does not say which Step-3.5 model it is of; only its tensors' names and "
+            "shapes are checked"
+        )
+        return
+    wanted = _this_model(settings)
+    if lines := [
+        f"{what}: {found[key]} in the checkpoint, {wanted[key]} in this run"
+        for key, what in _MODEL.items()
+        if found[key] not in (None, wanted[key])
+    ]:
+        raise Step35MismatchError(
+            f"{name} is of another Step-3.5 model:\n  "
+            + "\n  ".join(lines)
+            + f"\nGive this run the config, STEP35_GATE_LAYOUT and STEP35_WINDOW of the "
+            f"checkpoint (this run's config: {settings.source})."
+        )

@@ -1,0 +1,91 @@
+"""Is the model that was built the one that was meant? Checked once, right after construction."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from step35_patch.model.attention import Step35SelfAttention
+from step35_patch.model.description import Step35Runtime
+from step35_patch.model.layer import Step35DecoderLayer
+from step35_patch.model.swiglu import ClampedSwiGLU
+
+
+def check_model(model: torch.nn.Module, runtime: Step35Runtime) -> None:
+    """Raise RuntimeError, listing every module that Step-3.5 should not be made of.
+
+    Args:
+        model: a GPTModel (one pipeline stage or model chunk).
+        runtime: the Step-3.5 model that it should be.
+    """
+    problems: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, Step35DecoderLayer):
+            problems += [f"{name}: {problem}" for problem in _layer_problems(module)]
+        elif isinstance(module, TransformerLayer):
+            problems.append(f"{name}: a stock {type(module).__name__}, expected Step35DecoderLayer")
+        elif isinstance(module, Attention) and not isinstance(module, Step35SelfAttention):
+            problems.append(f"{name}: {type(module).__name__}, expected Step35SelfAttention")
+    if problems:
+        raise RuntimeError(
+            "the model is not the Step-3.5 model of the config:\n  "
+            + "\n  ".join(problems)
+            + "\nIts specs were made around step35_patch: use get_gpt_decoder_block_spec and "
+            "get_gpt_mtp_block_spec, and import step35_patch before building the model."
+        )
+
+
+def _layer_problems(layer: Step35DecoderLayer) -> list[str]:
+    problems = []
+    attention = layer.self_attention
+    if isinstance(attention.core_attention, DotProductAttention):
+        problems.append("core attention is DotProductAttention, which does not know the window")
+    rows = {
+        "none": 0,
+        "headwise": layer.plan.num_attention_heads,
+        "expanded": layer.plan.num_attention_heads * layer.plan.kv_channels,
+    }[layer.config.step35.gate_layout if layer.config.attention_output_gate else "none"]
+    queries = layer.plan.num_attention_heads + 2 * layer.plan.num_query_groups
+    expected = (queries * layer.plan.kv_channels + rows) // attention.world_size
+    found = attention.linear_qkv.weight.shape[0]
+    if found != expected:
+        problems.append(f"linear_qkv has {found} rows, expected {expected}")
+    places = [("mlp", layer.mlp, layer.plan.swiglu_limit_shared)]
+    if layer.plan.is_moe:
+        experts = layer.mlp.experts
+        places = [("shared_experts", layer.mlp.shared_experts, layer.plan.swiglu_limit_shared)]
+        places += [
+            ("experts", expert, layer.plan.swiglu_limit)
+            for expert in getattr(experts, "local_experts", [experts])
+        ]
+    for place, module, limit in places:
+        activation = module.activation_func
+        found = activation.limit if isinstance(activation, ClampedSwiGLU) else None
+        if found != limit:
+            problems.append(f"{place} clamps at {found}, expected {limit}")
+    return problems
+
+
+@functools.lru_cache(maxsize=1)
+def announce(runtime: Step35Runtime) -> None:
+    """Print, on rank 0 and once for a model of several chunks, what is being built."""
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    from megatron.core import __version__ as megatron_version
+
+    import step35_patch
+
+    layers = runtime.layers
+    decoder = [plan for plan in layers if not plan.is_mtp]
+    sliding = sum(plan.attention_type == "sliding_attention" for plan in decoder)
+    print(
+        f"step35_patch {step35_patch.__version__} on Megatron-Core {megatron_version}: "
+        f"config {runtime.source} ({runtime.config.fingerprint[:12]}), gate {runtime.gate_layout}, "
+        f"window {runtime.window}, {len(decoder) - sliding} full + {sliding} sliding layers, "
+        f"{sum(plan.is_moe for plan in decoder)} MoE, {len(layers) - len(decoder)} MTP",
+        flush=True,
+    )

@@ -1,0 +1,212 @@
+"""What stands around Megatron-Core's functions once step35_patch is active.
+
+Each function is a wrapt wrapper, `(wrapped, instance, args, kwargs)`, for the target of the same
+name in `step35_patch.patch.targets`. For a TransformerConfig that is no Step-3.5 model each returns
+exactly what the wrapped function returns.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from typing import Any
+
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from step35_patch.costs import megatron_reports as reports
+from step35_patch.model import mtp
+from step35_patch.model.description import Step35Runtime, check, from_settings, runtime_for
+from step35_patch.model.specs import decoder_layer_spec, mtp_layer_spec, step35_norm
+from step35_patch.patch import activation
+from step35_patch.patch import parse_args as training_arguments
+from step35_patch.patch.agreement import check_checkpoint, check_ranks_agree
+from step35_patch.patch.built_model import announce, check_model
+
+
+def _bind(wrapped, args, kwargs) -> dict[str, Any]:
+    """The call's arguments by name, defaults left out."""
+    return inspect.signature(wrapped).bind(*args, **kwargs).arguments
+
+
+def get_gpt_decoder_layer_specs(wrapped, instance, args, kwargs):
+    """Specs of all decoder layers: list[ModuleSpec], by layer."""
+    specs = wrapped(*args, **kwargs)
+    runtime = runtime_for(_bind(wrapped, args, kwargs)["config"])
+    if runtime is None:
+        return specs
+    return [decoder_layer_spec(spec, runtime) for spec in specs]
+
+
+def get_gpt_decoder_block_spec(wrapped, instance, args, kwargs):
+    """Specs of this pipeline stage's decoder layers and the final norm."""
+    block = wrapped(*args, **kwargs)
+    runtime = runtime_for(_bind(wrapped, args, kwargs)["config"])
+    return block if runtime is None else _block(block, runtime)
+
+
+def _block(block: Any, runtime: Step35Runtime) -> Any:
+    return dataclasses.replace(
+        block,
+        layer_specs=[decoder_layer_spec(spec, runtime) for spec in block.layer_specs],
+        layer_norm=step35_norm(block.layer_norm),
+    )
+
+
+def get_gpt_mtp_block_spec_for_backend(wrapped, instance, args, kwargs):
+    """Specs of the MTP layers, or None on a stage without them.
+
+    The spec that comes in (the last decoder layer's, here MoE; or a stock one when the last stage
+    has no decoder layer) is not what the MTP layers are, so it is not used: they are dense.
+    """
+    call = _bind(wrapped, args, kwargs)
+    config = call["config"]
+    runtime = runtime_for(config)
+    if runtime is None:
+        return wrapped(*args, **kwargs)
+    dense_config = copy.copy(config)
+    dense_config.step35 = runtime
+    dense_config.moe_layer_freq = [0] * config.num_layers
+    dense = gpt_layer_specs.get_gpt_decoder_layer_specs(
+        dense_config,
+        # True of Transformer Engine's spec provider, and of no local one.
+        use_transformer_engine=call["backend"].fuse_layernorm_and_linear(),
+        normalization=config.normalization,
+    )[0]
+    # The builder accepts a spec only if its module is exactly TransformerLayer.
+    call["spec"] = dataclasses.replace(dense, module=TransformerLayer)
+    block = wrapped(**call)
+    if block is None:
+        return None
+    return dataclasses.replace(
+        block, layer_specs=[mtp_layer_spec(spec, dense) for spec in block.layer_specs]
+    )
+
+
+def gpt_model_init(wrapped, instance, args, kwargs):
+    """GPTModel.__init__: specs of whatever origin become Step-3.5's, the MTP layers get their
+    output matrices, and the finished model is checked."""
+    call = _bind(wrapped, args, kwargs)
+    runtime = runtime_for(call["config"])
+    if runtime is None:
+        return wrapped(*args, **kwargs)
+    _check_model_arguments(call, runtime)
+    call["transformer_layer_spec"] = _layer_specs(call, runtime)
+    # Each layer has its own RoPE: the model-wide table would be made and never be used.
+    call["position_embedding_type"] = "none"
+    wrapped(**call)
+    if instance.post_process and instance.config.mtp_num_layers:
+        mtp.add_output_layers(instance)
+    check_model(instance, runtime)
+    announce(runtime)
+
+
+def _layer_specs(call: dict[str, Any], runtime: Step35Runtime) -> Any:
+    """The decoder's specs from GPTModel's `transformer_layer_spec`.
+
+    A single layer's spec, such as the single-layer builders return, stands for all layers alike;
+    Step-3.5's differ, so that the block's builder is asked instead.
+    """
+    spec = call["transformer_layer_spec"]
+    if not isinstance(spec, ModuleSpec):
+        return _block(spec, runtime)
+    core_attention = spec.submodules.self_attention.submodules.core_attention
+    config = call["config"]
+    return gpt_layer_specs.get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=core_attention is not DotProductAttention,
+        normalization=config.normalization,
+        vp_stage=call.get("vp_stage"),
+    )
+
+
+def _check_model_arguments(call: dict[str, Any], runtime: Step35Runtime) -> None:
+    config = runtime.config
+    expected = {
+        "vocab_size": (lambda found: found >= config.vocab_size, f"at least {config.vocab_size}"),
+        "share_embeddings_and_output_weights": (lambda found: not found, "False"),
+        "position_embedding_type": (lambda found: found in ("rope", "none"), "'rope'"),
+        "rope_scaling": (lambda found: not found, "False: the Step-3.5 config decides the scaling"),
+        "seq_len_interpolation_factor": (lambda found: found is None, "None"),
+    }
+    lines = [
+        f"{name}: expected {text}, found {call[name]!r}"
+        for name, (legal, text) in expected.items()
+        if name in call and not legal(call[name])
+    ]
+    if lines:
+        raise ValueError("GPTModel of Step-3.5:\n  " + "\n  ".join(lines))
+
+
+def process_mtp_loss(wrapped, instance, args, kwargs):
+    """The MTP losses, each from its own output matrix."""
+    call = _bind(wrapped, args, kwargs)
+    if runtime_for(call["config"]) is None:
+        return wrapped(*args, **kwargs)
+    call["output_layer"] = mtp.by_depth(call["output_layer"])
+    mtp.share_of_the_tokens(call)
+    return wrapped(**call)
+
+
+def parse_args(wrapped, instance, args, kwargs):
+    """Megatron's arguments, with the package's own and the model's shape."""
+    return training_arguments.parse(wrapped, _bind(wrapped, args, kwargs))
+
+
+def initialize_megatron(wrapped, instance, args, kwargs):
+    """Megatron's start, at whose end the ranks know each other and nothing is built yet."""
+    result = wrapped(*args, **kwargs)
+    check_ranks_agree()
+    return result
+
+
+def load_base_checkpoint(wrapped, instance, args, kwargs):
+    """A checkpoint's state; first of all, before any tensor, its arguments are read here."""
+    result = wrapped(*args, **kwargs)
+    state, name = result[0], result[1]
+    if state is not None and state.get("args") is not None:
+        check_checkpoint(state["args"], str(name))
+    return result
+
+
+def _reported(wrapped, args, kwargs, report):
+    """Megatron's number, or for a run of a Step-3.5 model that of `report`."""
+    settings = activation.active()
+    if settings is None:
+        return wrapped(*args, **kwargs)
+    return report(from_settings(settings), **_bind(wrapped, args, kwargs))
+
+
+def num_floating_point_operations(wrapped, instance, args, kwargs):
+    """Operations of a batch, from which Megatron prints TFLOP/s."""
+    return _reported(wrapped, args, kwargs, reports.num_floating_point_operations)
+
+
+def compute_weight_and_optimizer_memory(wrapped, instance, args, kwargs):
+    """The first part of Megatron's theoretical memory report."""
+    return _reported(wrapped, args, kwargs, reports.compute_weight_and_optimizer_memory)
+
+
+def compute_activation_memory(wrapped, instance, args, kwargs):
+    """The second part of it."""
+    return _reported(wrapped, args, kwargs, reports.compute_activation_memory)
+
+
+def compute_activation_memory_without_sp(wrapped, instance, args, kwargs):
+    """The same: Megatron also calls it for runs with sequence parallelism."""
+    return _reported(wrapped, args, kwargs, reports.compute_activation_memory)
+
+
+def core_transformer_config_from_args(wrapped, instance, args, kwargs):
+    """The TransformerConfig of Megatron's arguments, which have to describe the active config."""
+    config = wrapped(*args, **kwargs)
+    settings = activation.active()
+    if settings is not None:
+        check(config, settings.config, settings.source)
+        config.step35 = from_settings(settings)
+        # Layers differ in shape: they must not be stacked into one tensor of the checkpoint.
+        config.hetereogenous_dist_checkpoint = True
+    return config

@@ -1,0 +1,72 @@
+"""What is wrapped in Megatron-Core, and in which versions that was tested. Data only."""
+
+from dataclasses import dataclass
+
+# Versions of Megatron-Core that this package's tests run with; any other one is refused unless
+# STEP35_ALLOW_UNTESTED=1 (a PEP 440 specifier).
+TESTED = ">=0.17,<0.20"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A callable of Megatron's that is wrapped.
+
+    Attributes:
+        module: The module whose import brings it.
+        attribute: Its name there; a method as "Class.method".
+        wrapper: The function of `step35_patch.patch.hooks` that wraps it (wrapt's signature: wrapped,
+            instance, args, kwargs).
+        required: Whether a Megatron-Core without it is refused. Otherwise it is reported as missing.
+    """
+
+    module: str
+    attribute: str
+    wrapper: str
+    required: bool = True
+
+
+_GPT_LAYER_SPECS = "megatron.core.models.gpt.gpt_layer_specs"
+_GPT_MODEL = "megatron.core.models.gpt.gpt_model"
+
+TARGETS = (
+    # Whatever hands out layer specs for a config. The single-layer builders see none; what they
+    # return is exchanged by the MTP builder and by GPTModel, the two places that it can go to.
+    *(
+        Target(_GPT_LAYER_SPECS, name, wrapper=name)
+        for name in (
+            "get_gpt_decoder_block_spec",
+            "get_gpt_decoder_layer_specs",
+            "get_gpt_mtp_block_spec_for_backend",
+        )
+    ),
+    # The built model: its check, and the MTP layers' own output matrices.
+    Target(_GPT_MODEL, "GPTModel.__init__", wrapper="gpt_model_init"),
+    Target(_GPT_MODEL, "process_mtp_loss", wrapper="process_mtp_loss"),
+    # 0.18 moved its definition to megatron.training.argument_utils; this name is in all versions.
+    Target(
+        "megatron.training.arguments",
+        "core_transformer_config_from_args",
+        wrapper="core_transformer_config_from_args",
+    ),
+    Target("megatron.training.arguments", "parse_args", wrapper="parse_args"),
+    # What Megatron prints of operations and memory.
+    Target(
+        "megatron.training.training",
+        "num_floating_point_operations",
+        wrapper="num_floating_point_operations",
+    ),
+    *(
+        Target("megatron.training.theoretical_memory_usage", name, wrapper=name)
+        for name in (
+            "compute_weight_and_optimizer_memory",
+            "compute_activation_memory",
+            "compute_activation_memory_without_sp",
+        )
+    ),
+    Target("megatron.training.initialize", "initialize_megatron", wrapper="initialize_megatron"),
+    Target(
+        "megatron.training.checkpointing",
+        "_load_base_checkpoint",
+        wrapper="load_base_checkpoint",
+    ),
+)

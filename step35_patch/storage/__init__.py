@@ -1,0 +1,1 @@
+"""Files of weights, read and written: safetensors folders, Megatron's torch_dist checkpoints."""

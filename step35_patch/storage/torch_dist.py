@@ -1,0 +1,404 @@
+"""Megatron's torch_dist checkpoints as files: torch.distributed.checkpoint's, read without trust.
+
+Such a checkpoint is a folder with `.metadata`, a pickle, which says where each chunk of each tensor
+stands, and .distcp files of records, each of them what torch.save writes: a zip archive. Both are
+read as inert data (`torch_archive`). Records are memory-mapped, and an archive's own check sums, which
+torch.load ignores, are compared if it has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import pickle
+import threading
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from step35_patch.storage.hf_folder import CheckpointError
+from step35_patch.storage.mapped import MappedFiles
+from step35_patch.storage.torch_archive import Archive, load_inert, storage_name
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
+# Of a checkpoint with common.pt, which all versions of Megatron-Core read.
+FORMAT_CONTENT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+# Records that are opened at a time, and the bytes at each end of one that opening it looks at.
+_AT_ONCE, _END = 512, 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A record in a file."""
+
+    file: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """A box of a stored tensor, and its record."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    place: _Place
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a checkpoint, in chunks."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[StoredChunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Payload:
+    """A tensor's bytes within a file, and their CRC-32; None if it was not written."""
+
+    file: str
+    offset: int
+    length: int
+    crc: int | None
+
+
+class TorchDistFolder:
+    """The tensors of a torch_dist checkpoint.
+
+    Args:
+        path: the folder of an iteration, or one with latest_checkpointed_iteration.txt.
+
+    Attributes:
+        path: the folder of the iteration.
+        tensors: by key; nothing of them has been read.
+
+    Raises:
+        CheckpointError: it is not such a folder, or its metadata is damaged or leaves the folder.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = _iteration_folder(Path(path))
+        self._bytes: dict[str, _Place] = {}
+        self.tensors = self._read_metadata()
+        self._files = MappedFiles(self.path)
+        self._payloads: dict[_Place, _Payload] = {}
+        self._boxes: dict[tuple[str, tuple[int, ...], tuple[int, ...]], StoredChunk] = {}
+        self._checked: set[_Place] = set()
+        self._lock = threading.Lock()
+
+    def _read_metadata(self) -> dict[str, StoredTensor]:
+        file = self.path / METADATA
+        try:
+            metadata = load_inert(file.read_bytes())
+            places = {
+                (index.fqn, getattr(index, "offset", None)): _place(index.fqn, info)
+                for index, info in metadata.storage_data.items()
+            }
+            tensors = {}
+            for key, entry in metadata.state_dict_metadata.items():
+                if not hasattr(entry, "chunks"):
+                    self._bytes[key] = places[key, None]
+                    continue
+                dimensions = len(entry.size)
+                chunks = tuple(
+                    StoredChunk(
+                        _numbers(key, chunk.offsets, dimensions),
+                        _numbers(key, chunk.sizes, dimensions),
+                        places[key, chunk.offsets],
+                    )
+                    for chunk in entry.chunks
+                )
+                dtype = entry.properties.state[0]  # TensorProperties pickles itself as a tuple
+                tensors[key] = StoredTensor(
+                    key, _numbers(key, entry.size, dimensions), dtype, chunks
+                )
+        except FileNotFoundError:
+            raise CheckpointError(self.path, [f"{METADATA}: missing"]) from None
+        except Exception as error:  # a damaged pickle can raise anything
+            problem = f"{METADATA}: not readable as a torch_dist checkpoint's: {error!r}"
+            raise CheckpointError(self.path, [problem]) from error
+        named = {place.file for place in places.values()}
+        if outside := sorted(name for name in named if Path(name).name != name):
+            problems = [f"{METADATA}: {name!r} leaves the folder" for name in outside]
+            raise CheckpointError(self.path, problems)
+        if problems := _overlapping(tensors.values()):
+            raise CheckpointError(self.path, problems)
+        return tensors
+
+    def common_args(self) -> Namespace | None:
+        """The arguments of the run that wrote it, as far as they are plain data."""
+        try:
+            if (file := self.path / COMMON).exists():
+                state = Archive(memoryview(file.read_bytes())).object()
+            elif (place := self._bytes.get("common_state/shard_0_1")) is not None:
+                view = self._files.get(place.file).view(place.offset, place.length)
+                state = Archive(view).object()[0]
+            else:
+                return None
+            if not isinstance(state, dict):
+                raise TypeError(f"expected a dictionary, found {type(state).__name__}")
+        except Exception as error:  # a damaged pickle can raise anything
+            problem = f"the common state is not readable: {error!r}"
+            raise CheckpointError(self.path, [problem]) from error
+        args = state.get("args")
+        return args if isinstance(args, Namespace) else None
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether all opened tensors have check sums."""
+        return all(payload.crc is not None for payload in self._payloads.values())
+
+    def files(self) -> list[Path]:
+        """All files that its tensors are in, and the metadata."""
+        names = {chunk.place.file for tensor in self.tensors.values() for chunk in tensor.chunks}
+        return [self.path / METADATA, *(self.path / name for name in sorted(names))]
+
+    def open(self, keys: Iterable[str]) -> list[str]:
+        """Find the tensors' bytes in their records; returns what is wrong, with file and key."""
+        problems: dict[str, None] = {}
+        chunks = []
+        for key in keys:
+            tensor = self.tensors[key]
+            if not _make_up(tensor):
+                problems[f"{key}: its chunks do not make up its shape {tensor.shape}"] = None
+            chunks += [(tensor, chunk) for chunk in tensor.chunks]
+        for start in range(0, len(chunks), _AT_ONCE):
+            some = chunks[start : start + _AT_ONCE]
+            for _, chunk in some:
+                self._prefetch(chunk.place)
+            for tensor, chunk in some:
+                try:
+                    self._payloads[chunk.place] = self._locate(tensor, chunk)
+                    self._boxes[tensor.key, chunk.offsets, chunk.sizes] = chunk
+                except (OSError, ValueError) as error:
+                    problems[f"{tensor.key}: in {chunk.place.file}: {error}"] = None
+        return list(problems)
+
+    def _prefetch(self, place: _Place) -> None:
+        """Have a record's two ends read, which say what is in it: many small reads at a time."""
+        with contextlib.suppress(OSError):  # which opening it will meet again
+            file = self._files.get(place.file)
+            file.prefetch(place.offset, _END)
+            file.prefetch(max(place.offset, place.offset + place.length - _END), _END)
+
+    def _locate(self, tensor: StoredTensor, chunk: StoredChunk) -> _Payload:
+        place = chunk.place
+        file = self._files.get(place.file)
+        if place.offset + place.length > file.size:
+            raise ValueError(
+                f"expected at least {place.offset + place.length} bytes, found {file.size}: "
+                "the file is truncated"
+            )
+        try:
+            archive = Archive(file.view(place.offset, place.length))
+            name = storage_name(archive.object(), tensor.dtype, chunk.sizes)
+            member, start = archive.find(f"data/{name}")
+        except ValueError:
+            raise
+        except Exception as error:  # a damaged pickle can raise anything
+            raise ValueError(f"damaged record: {error!r}") from error
+        size = math.prod(chunk.sizes) * tensor.dtype.itemsize
+        if member.file_size != size or start + size > place.length:
+            raise ValueError(f"damaged record: expected {size} bytes, found {member.file_size}")
+        crc = member.CRC if archive.has_sums else None
+        return _Payload(place.file, place.offset + start, size, crc)
+
+    def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """The box of a tensor; a view of the mapped file where one chunk has it in one piece.
+
+        Raises:
+            CheckpointError: a record's bytes have not the check sum that was written with them.
+        """
+        tensor = self.tensors[key]
+        # Experts are most chunks of a checkpoint and are read by the chunk: no search for them.
+        if (exact := self._boxes.get((key, offsets, sizes))) is not None:
+            return self._chunk(key, exact, tensor.dtype)
+        result = None
+        for chunk in tensor.chunks:
+            low = [max(a, b) for a, b in zip(offsets, chunk.offsets)]
+            high = [
+                min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes)
+            ]
+            if any(a >= b for a, b in zip(low, high)):
+                continue
+            inside = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets))
+            part = self._chunk(key, chunk, tensor.dtype)[inside]
+            if part.shape == torch.Size(sizes) and part.is_contiguous():
+                return part
+            if result is None:
+                result = torch.empty(sizes, dtype=tensor.dtype)
+            result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets))] = part
+        return result
+
+    def _chunk(self, key: str, chunk: StoredChunk, dtype: torch.dtype) -> Tensor:
+        payload = self._payloads[chunk.place]
+        file = self._files.get(payload.file)
+        with self._lock:
+            checked = payload.crc is None or chunk.place in self._checked
+        if not checked:
+            found = file.crc32(payload.offset, payload.length)
+            if found != payload.crc:
+                problem = (
+                    f"{key}: in {payload.file}: check sum {found:08x}, expected {payload.crc:08x}: "
+                    "the file was damaged after it had been written"
+                )
+                raise CheckpointError(self.path, [problem])
+            with self._lock:
+                self._checked.add(chunk.place)
+        self._files.used(payload.length)
+        return file.tensor(payload.offset, math.prod(chunk.sizes), dtype).view(chunk.sizes)
+
+
+def _make_up(tensor: StoredTensor) -> bool:
+    """Whether the chunks of a tensor cover it, without overlap."""
+    if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.shape):
+        return False
+    boxes = sorted(
+        tuple(zip(chunk.offsets, (o + n for o, n in zip(chunk.offsets, chunk.sizes))))
+        for chunk in tensor.chunks
+    )
+    for number, box in enumerate(boxes):
+        if any(high > size for (_, high), size in zip(box, tensor.shape)):
+            return False
+        for other in boxes[number + 1 :]:
+            if other[0][0] >= box[0][1]:
+                break  # nor do those behind it reach back
+            if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, other)):
+                return False
+    return True
+
+
+def _place(key: str, info: Any) -> _Place:
+    if getattr(info, "transform_descriptors", None):
+        raise ValueError(f"{key}: transformed by {info.transform_descriptors}, expected as it is")
+    if not isinstance(info.relative_path, str):
+        raise ValueError(f"{key}: expected a file's name, found {info.relative_path!r}")
+    return _Place(info.relative_path, *_numbers(key, (info.offset, info.length), 2))
+
+
+def _numbers(key: str, values: Any, count: int) -> tuple[int, ...]:
+    """The values, if they are so many whole numbers."""
+    if (
+        not isinstance(values, tuple)
+        or len(values) != count
+        or not all(type(number) is int and number >= 0 for number in values)
+    ):
+        raise ValueError(f"{key}: expected {count} whole numbers, found {values!r}")
+    return values
+
+
+def _overlapping(tensors: Iterable[StoredTensor]) -> list[str]:
+    """What is wrong with records that reach into others, or stand for two chunks."""
+    ordered = sorted(
+        (
+            (chunk.place.file, chunk.place.offset, chunk.place.length, tensor.key)
+            for tensor in tensors
+            for chunk in tensor.chunks
+        ),
+    )
+    return list(
+        dict.fromkeys(
+            f"{one}: in {file}: its record overlaps one of {other}"
+            for (file, start, length, one), (next_file, next_start, _, other) in zip(
+                ordered, ordered[1:]
+            )
+            if file == next_file and start + length > next_start
+        )
+    )
+
+
+def _iteration_folder(path: Path) -> Path:
+    """The folder of the iteration that a checkpoint's tracker file names, or the path itself."""
+    if (path / METADATA).exists():
+        return path
+    tracker = path / TRACKER
+    if not tracker.exists():
+        found = "a folder without them" if path.is_dir() else "no folder"
+        raise CheckpointError(
+            path, [f"expected {TRACKER} or {METADATA} of a torch_dist checkpoint, found {found}"]
+        )
+    text = tracker.read_bytes().decode("utf-8", "replace").strip()
+    if text != RELEASE and not text.isdecimal():
+        raise CheckpointError(path, [f"{TRACKER}: expected an iteration, found {text!r}"])
+    folder = path / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
+    if not (folder / METADATA).exists():
+        raise CheckpointError(
+            path,
+            [
+                f"{TRACKER} names {folder.name}: expected {METADATA} of a torch_dist checkpoint "
+                "there, found none; convert other formats with Megatron-LM's --ckpt-convert-format"
+            ],
+        )
+    return folder
+
+
+# --- Writing ------------------------------------------------------------------------------------
+
+
+def save_record(tensor: Tensor, file: Any) -> None:
+    """Write one chunk's record, as torch.distributed.checkpoint does.
+
+    Args:
+        tensor: contiguous; its storage may be larger, of which torch.save would write all.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if tensor.untyped_storage().nbytes() != size:
+        tensor = tensor.clone()
+    torch.save(tensor, file)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenTensor:
+    """A tensor for the metadata: its chunks as (offsets, sizes, (file, offset, length))."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[str, int, int]], ...]
+
+
+def metadata_bytes(
+    tensors: Iterable[WrittenTensor], objects: Iterable[tuple[str, tuple[str, int, int]]]
+) -> bytes:
+    """The .metadata of a checkpoint with these tensors, and objects in records of their own."""
+    entries: dict[str, Any] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for tensor in tensors:
+        chunks = [
+            ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+            for offsets, sizes, _ in tensor.chunks
+        ]
+        properties = TensorProperties(dtype=tensor.dtype)
+        entries[tensor.key] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+        for chunk, (_, _, place) in zip(chunks, tensor.chunks):
+            storage[MetadataIndex(tensor.key, chunk.offsets)] = _StorageInfo(*place)
+    for key, place in objects:
+        entries[key] = BytesStorageMetadata()
+        storage[MetadataIndex(key)] = _StorageInfo(*place)
+    return pickle.dumps(Metadata(entries, None, storage))
