@@ -8,15 +8,14 @@ megatron, numpy or pydantic: the names below that need them are imported on firs
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
+from step35_patch._version import __version__
 from step35_patch.patch.activation import (
-    Step35ActivationError,
     activate,
     activate_on_import,
     deactivate,
     status,
 )
+from step35_patch.settings import Step35ActivationError
 
 if TYPE_CHECKING:
     from step35_patch.config.errors import Step35ConfigError
@@ -32,6 +31,7 @@ __all__ = [
     "Step35ConfigError",
     "Step35DecoderLayer",
     "Step35ModelProvider",
+    "__version__",
     "activate",
     "deactivate",
     "status",

@@ -14,7 +14,7 @@ import runpy
 import sys
 from typing import NoReturn
 
-from step35_patch.patch import activation
+from step35_patch.patch import activation, notices
 
 USAGE = "usage: python -m step35_patch (SCRIPT | -m MODULE) ARGS..."
 
@@ -36,7 +36,7 @@ def main() -> None:
         _fail(f"step35_patch: can't open {program!r}: no such file\n{USAGE}")
     os.environ["STEP35_PATCH"] = "1"
     if sys.flags.no_site or importlib.util.find_spec(activation.STARTUP_MODULE) is None:
-        activation.warn(
+        notices.warn(
             "a1_step35_patch.pth is not in effect (python -S, or a package that is not installed): "
             "this process is patched, processes that it starts are not, unless they import "
             "step35_patch themselves."

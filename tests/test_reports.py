@@ -20,12 +20,11 @@ from layout_runs import layout_config
 from reference import FULL, tiny_config
 
 import step35_patch
-from step35_patch import Step35Config, cpu
+from step35_patch import Step35Config, cpu, settings
 from step35_patch.config import packaged_config_path
 from step35_patch.costs import megatron_reports as reports
 from step35_patch.costs.accounting import Parameters, layer_activation_bytes, training_flops
 from step35_patch.model.description import from_settings
-from step35_patch.patch import activation
 
 pytestmark = pytest.mark.megatron
 
@@ -219,7 +218,7 @@ def play_all_ranks(config: Path) -> None:
 
     for words, (world_size, num_microbatches) in LAYOUTS.items():
         args = parse(config, words, world_size)
-        runtime = from_settings(activation.active())
+        runtime = from_settings(settings.active())
         reported = [
             [p.dense, p.expert] for p in reports.rank_parameters(runtime, args)
         ]  # before there are groups
@@ -327,7 +326,7 @@ def test_the_distributed_optimizers_state_is_shared(
     from megatron.training import theoretical_memory_usage as memory
 
     args = arguments(tiny_config(), f"{words} --use-distributed-optimizer", world_size)
-    [stage] = reports.rank_parameters(from_settings(activation.active()), args)
+    [stage] = reports.rank_parameters(from_settings(settings.active()), args)
     expected = stage.dense * (6 + 12 / dense_ranks) + stage.expert * (6 + 12 / expert_ranks)
     assert memory.compute_weight_and_optimizer_memory(args) == expected
 

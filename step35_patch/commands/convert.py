@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from step35_patch.patch.activation import GATE_LAYOUTS
+from step35_patch.settings import GATE_LAYOUTS
 from step35_patch.tensors.published import SAFETENSORS_DTYPES
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

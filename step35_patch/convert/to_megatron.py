@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import step35_patch
+from step35_patch._version import __version__
 from step35_patch.config.model import Step35Config
 from step35_patch.convert.job import (
     ConversionError,
@@ -313,7 +313,7 @@ def _files_to_copy(folder: Path) -> list[Path]:
 
 def _job(source, target, options, config, inputs, markers) -> Job:
     plan = {
-        "step35_patch": step35_patch.__version__,
+        "step35_patch": __version__,
         "torch": torch.__version__,
         "config": config.to_dict(),
         "file_bytes": options.file_bytes,

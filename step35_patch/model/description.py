@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from step35_patch import settings as process
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.config.model import Step35Config
-from step35_patch.patch import activation
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from step35_patch.patch.activation import Settings
+    from step35_patch.settings import Settings
 
 # TransformerConfig fields that any Step-3.5 config fixes. The first two decide whether a
 # TransformerConfig is meant to be this model at all; the others must then agree.
@@ -164,7 +164,7 @@ def runtime_for(config: TransformerConfig) -> Step35Runtime | None:
     """
     if (runtime := getattr(config, "step35", None)) is not None:
         return runtime
-    settings = activation.active()
+    settings = process.active()
     if settings is None:
         return None
     wanted = model_fields(settings.config)

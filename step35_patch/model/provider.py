@@ -11,9 +11,9 @@ from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from step35_patch import settings as process
 from step35_patch.config.model import Step35Config
 from step35_patch.model.description import Step35Runtime, check, model_fields
-from step35_patch.patch import activation
 
 # Provider field: the Hugging Face field that it stands for. (TransformerConfig's own fields are
 # held against the config by runtime.check.)
@@ -182,7 +182,7 @@ class Step35ModelProvider(TransformerConfig):
         Raises:
             RuntimeError: step35_patch was deactivated.
         """
-        if activation.status().state == "off":
+        if not process.enabled():
             raise RuntimeError(
                 "step35_patch is not active: without its hooks the MTP layers would share one "
                 "output matrix; call step35_patch.activate() first"

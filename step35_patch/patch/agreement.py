@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 
-import step35_patch
-from step35_patch.patch import activation
+from step35_patch import settings as process
+from step35_patch._version import __version__
+from step35_patch.patch.megatron_version import megatron_version
+from step35_patch.patch.notices import warn
+from step35_patch.settings import Settings
 
 # How long a rank waits for the others to say what they build. They are past the same collectives.
 _PATIENCE = timedelta(seconds=120)
@@ -26,7 +29,7 @@ class Step35MismatchError(RuntimeError):
     """Two parts of a run, or a run and a checkpoint, are of different models."""
 
 
-def _this_model(settings: activation.Settings) -> dict[str, str]:
+def _this_model(settings: Settings) -> dict[str, str]:
     values = (settings.config.fingerprint, settings.gate_layout, settings.window)
     return dict(zip(_MODEL, values, strict=True))
 
@@ -40,14 +43,14 @@ def check_ranks_agree() -> None:
     Raises:
         Step35MismatchError: ranks differ, or did not answer within two minutes; they are named.
     """
-    settings = activation.active()
+    settings = process.active()
     # Megatron can be told to leave torch.distributed to its caller.
     if settings is None or not torch.distributed.is_initialized():
         return
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own = _this_model(settings) | {
-        "step35_patch": step35_patch.__version__,
-        "Megatron-Core": str(activation.megatron_version()),
+        "step35_patch": __version__,
+        "Megatron-Core": str(megatron_version()),
         "torch": torch.__version__,
     }
     store = torch.distributed.PrefixStore(
@@ -97,12 +100,12 @@ def check_checkpoint(checkpoint_args: Any, name: str) -> None:
     Raises:
         Step35MismatchError: it is of another config, gate layout or window.
     """
-    settings = activation.active()
+    settings = process.active()
     if settings is None:
         return
     found = {key: getattr(checkpoint_args, key, None) for key in _MODEL}
     if not any(found.values()):
-        activation.warn(
+        warn(
             f"{name} does not say which Step-3.5 model it is of; only its tensors' names and "
             "shapes are checked"
         )

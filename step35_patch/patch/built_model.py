@@ -9,6 +9,7 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from step35_patch._version import __version__
 from step35_patch.model.attention import Step35SelfAttention
 from step35_patch.model.description import Step35Runtime
 from step35_patch.model.layer import Step35DecoderLayer
@@ -77,13 +78,11 @@ def announce(runtime: Step35Runtime) -> None:
         return
     from megatron.core import __version__ as megatron_version
 
-    import step35_patch
-
     layers = runtime.layers
     decoder = [plan for plan in layers if not plan.is_mtp]
     sliding = sum(plan.attention_type == "sliding_attention" for plan in decoder)
     print(
-        f"step35_patch {step35_patch.__version__} on Megatron-Core {megatron_version}: "
+        f"step35_patch {__version__} on Megatron-Core {megatron_version}: "
         f"config {runtime.source} ({runtime.config.fingerprint[:12]}), gate {runtime.gate_layout}, "
         f"window {runtime.window}, {len(decoder) - sliding} full + {sliding} sliding layers, "
         f"{sum(plan.is_moe for plan in decoder)} MoE, {len(layers) - len(decoder)} MTP",

@@ -17,11 +17,11 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from step35_patch import settings as process
 from step35_patch.costs import megatron_reports as reports
 from step35_patch.model import mtp
 from step35_patch.model.description import Step35Runtime, check, from_settings, runtime_for
 from step35_patch.model.specs import decoder_layer_spec, mtp_layer_spec, step35_norm
-from step35_patch.patch import activation
 from step35_patch.patch import parse_args as training_arguments
 from step35_patch.patch.agreement import check_checkpoint, check_ranks_agree
 from step35_patch.patch.built_model import announce, check_model
@@ -174,7 +174,7 @@ def load_base_checkpoint(wrapped, instance, args, kwargs):
 
 def _reported(wrapped, args, kwargs, report):
     """Megatron's number, or for a run of a Step-3.5 model that of `report`."""
-    settings = activation.active()
+    settings = process.active()
     if settings is None:
         return wrapped(*args, **kwargs)
     return report(from_settings(settings), **_bind(wrapped, args, kwargs))
@@ -203,7 +203,7 @@ def compute_activation_memory_without_sp(wrapped, instance, args, kwargs):
 def core_transformer_config_from_args(wrapped, instance, args, kwargs):
     """The TransformerConfig of Megatron's arguments, which have to describe the active config."""
     config = wrapped(*args, **kwargs)
-    settings = activation.active()
+    settings = process.active()
     if settings is not None:
         check(config, settings.config, settings.source)
         config.step35 = from_settings(settings)

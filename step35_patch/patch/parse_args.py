@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from step35_patch import settings as process
 from step35_patch.arguments import megatron_options
 from step35_patch.config.model import Step35Config
-from step35_patch.patch import activation
 
 # Options of megatron_options that are a user's to choose: an explicit value wins.
 _CHOICES = {
@@ -100,13 +100,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--step35-gate-layout",
-        choices=activation.GATE_LAYOUTS,
+        choices=process.GATE_LAYOUTS,
         help="rows of the attention gate: one a head, or Megatron-Core's attention_output_gate "
         "layout (STEP35_GATE_LAYOUT; headwise)",
     )
     group.add_argument(
         "--step35-window",
-        choices=activation.WINDOWS,
+        choices=process.WINDOWS,
         help="a sliding layer's query sees W keys, or W + 1 (STEP35_WINDOW; hf)",
     )
     return parser
@@ -137,7 +137,7 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
 
     args = parse_args(**(call | {"extra_args_provider": with_ours}))
     _activate(args)
-    settings = activation.active()
+    settings = process.active()
     if settings is None:
         return args
     given = vars(parsers[0].parse_known_args(sys.argv[1:], namespace=_Given())[0])
@@ -163,7 +163,7 @@ def _activate(args: Any) -> None:
     )
     if path is None and gate_layout is None and window is None:
         return
-    settings = activation.active()
+    settings = process.active()
     if path is None and settings is None:
         raise Step35ArgumentError(
             "none",
@@ -174,10 +174,10 @@ def _activate(args: Any) -> None:
         )
     if path is None:
         path = settings.source if os.path.exists(settings.source) else settings.config
-    activation.activate(
+    process.ask_for(
         path,
-        gate_layout=gate_layout or (settings and settings.gate_layout),
-        window=window or (settings and settings.window),
+        gate_layout or (settings and settings.gate_layout),
+        window or (settings and settings.window),
     )
 
 

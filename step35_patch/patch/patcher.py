@@ -7,7 +7,6 @@ put back, the copies of the wrappers that were made since.
 Nothing here locks: `step35_patch.patch.activation` does.
 """
 
-import importlib
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -74,7 +73,12 @@ def patch_of(target: Target) -> Patch | None:
     return next((patch for patch in reversed(_patches) if patch.target == target), None)
 
 
-def install(module: ModuleType, targets: Iterable[Target], enabled: Callable[[], bool]) -> None:
+def install(
+    module: ModuleType,
+    targets: Iterable[Target],
+    hook_of: Callable[[Target], Callable[..., Any]],
+    enabled: Callable[[], bool],
+) -> None:
     """Wrap those of a module's targets that it defines, and rebind the copies of the originals.
 
     A wrapper that is in place stays. One that was taken out by `restore` is used again, so that
@@ -84,6 +88,8 @@ def install(module: ModuleType, targets: Iterable[Target], enabled: Callable[[],
     Args:
         module: The imported module.
         targets: The targets of that module.
+        hook_of: Gives a target's wrapt wrapper, (wrapped, instance, args, kwargs); asked when the
+            target is called, not before.
         enabled: Asked at each call; while it says no, a wrapper passes the call through.
     """
     put = []
@@ -95,7 +101,7 @@ def install(module: ModuleType, targets: Iterable[Target], enabled: Callable[[],
         if patch is not None and patch.owner is owner and patch.in_place:
             continue
         if patch is None or patch.original is not found:
-            wrapper = PatchedFunction(found, _call_of(target), enabled)
+            wrapper = PatchedFunction(found, _call_of(target, hook_of), enabled)
             patch = Patch(target, owner, name, found, wrapper)
             _patches.append(patch)
         setattr(owner, name, patch.wrapper)
@@ -125,15 +131,9 @@ def _find(module: ModuleType, attribute: str) -> tuple[Any, str, Any]:
     return owner, name, vars(owner).get(name, _MISSING)
 
 
-def _call_of(target: Target) -> Callable[..., Any]:
-    """A wrapt wrapper that finds its function in `step35_patch.patch.hooks` when it is called.
-
-    The hooks import much of Megatron-Core, which is not possible while the target is imported.
-    """
-
+def _call_of(target: Target, hook_of: Callable[[Target], Callable[..., Any]]) -> Callable[..., Any]:
     def call(wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        hook = getattr(importlib.import_module("step35_patch.patch.hooks"), target.wrapper)
-        return hook(wrapped, instance, args, kwargs)
+        return hook_of(target)(wrapped, instance, args, kwargs)
 
     return call
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from step35_patch.config.model import Step35Config
-from step35_patch.patch.activation import GATE_LAYOUTS
+from step35_patch.settings import GATE_LAYOUTS
 from step35_patch.storage.hf_folder import DTYPES, CheckpointError
 from step35_patch.storage.torch_dist import TorchDistFolder
 from step35_patch.tensors.megatron import (

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from step35_patch.config.layer_plan import LayerPlan
-from step35_patch.patch.activation import GATE_LAYOUTS
+from step35_patch.settings import GATE_LAYOUTS
 
 if TYPE_CHECKING:
     from step35_patch.config.model import Step35Config

@@ -1,0 +1,180 @@
+"""What was asked for in this process: the config, the gate layout and the window convention.
+
+`step35_patch.patch.activation` and Megatron's command line write it, everything else reads it. The
+config that STEP35_CONFIG names is read when somebody first asks for it, so that an interpreter's
+start stays cheap.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from step35_patch.config.model import Step35Config
+
+GATE_LAYOUTS = ("headwise", "expanded")
+WINDOWS = ("hf", "steptron")
+
+
+class Step35ActivationError(ImportError):
+    """Megatron-Core cannot be patched, or a STEP35_ variable is wrong. Says what to do."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The process-wide model: what a Step-3.5 model is built from.
+
+    Attributes:
+        config: The validated Hugging Face config.
+        gate_layout: "headwise" or "expanded".
+        window: "hf" (a sliding layer's query sees W keys) or "steptron" (W + 1 keys).
+        source: Path of the config, or "<object>" for one that was handed over.
+    """
+
+    config: Step35Config
+    gate_layout: str
+    window: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `ask_for` was asked for.
+
+    Attributes:
+        enabled: Whether the package is on at all.
+        gate_layout: "headwise" or "expanded".
+        window: "hf" or "steptron".
+        path: Of a config that nobody has asked for yet; None once it is read.
+        settings: The process-wide model, or None without a config and until it is read.
+    """
+
+    enabled: bool = False
+    gate_layout: str = GATE_LAYOUTS[0]
+    window: str = WINDOWS[0]
+    path: str | None = None
+    settings: Settings | None = None
+
+    @property
+    def source(self) -> str | None:
+        """Path of the config, read or not, "<object>" for one that was handed over, or None."""
+        return self.path if self.settings is None else self.settings.source
+
+
+_request = Request()
+_lock = threading.RLock()
+
+
+def ask_for(
+    config: str | os.PathLike[str] | Mapping[str, Any] | Step35Config | None,
+    gate_layout: str | None,
+    window: str | None,
+) -> None:
+    """Make this the process-wide model, and the package enabled.
+
+    Args:
+        config: As for `step35_patch.activate`.
+        gate_layout: As there.
+        window: As there.
+
+    Raises:
+        ValueError: An argument has no legal value, or is a config that is wrong
+            (Step35ConfigError). Nothing is changed then.
+        Step35ActivationError: A STEP35_ variable has no legal value; nothing is changed then.
+    """
+    global _request
+    request = _requested(config, gate_layout, window)
+    with _lock:
+        _request = request
+
+
+def switch_off() -> None:
+    """Forget what was asked for."""
+    global _request
+    with _lock:
+        _request = Request()
+
+
+def enabled() -> bool:
+    """Whether the package is on, with a config or without."""
+    return _request.enabled
+
+
+def request() -> Request:
+    """What was asked for, as it is known now: nothing is read for it."""
+    return _request
+
+
+def active() -> Settings | None:
+    """The process-wide settings, or None while the package is inert or off.
+
+    Raises:
+        Step35ConfigError: The config named by STEP35_CONFIG is not usable.
+    """
+    global _request
+    if _request.path is not None:
+        with _lock:
+            if _request.path is not None:  # no other thread was faster
+                settings = _settings(_request.path, _request)
+                _request = replace(_request, settings=settings, path=None)
+    return _request.settings
+
+
+def _requested(config: Any, gate_layout: str | None, window: str | None) -> Request:
+    """The arguments of `ask_for`, checked, completed from the environment, and if given read."""
+    gate_layout = _choice("gate_layout", gate_layout, GATE_LAYOUTS)
+    window = _choice("window", window, WINDOWS)
+    try:
+        for name in ("STEP35_PATCH", "STEP35_ALLOW_UNTESTED"):
+            _choice(name, os.environ.get(name), ("0", "1"))
+        default_gate_layout = _choice(
+            "STEP35_GATE_LAYOUT", os.environ.get("STEP35_GATE_LAYOUT"), GATE_LAYOUTS
+        )
+        default_window = _choice("STEP35_WINDOW", os.environ.get("STEP35_WINDOW"), WINDOWS)
+    except ValueError as error:
+        raise Step35ActivationError(str(error)) from None
+    request = Request(
+        enabled=True,
+        gate_layout=gate_layout or default_gate_layout or GATE_LAYOUTS[0],
+        window=window or default_window or WINDOWS[0],
+    )
+    if config is not None:
+        return replace(request, settings=_settings(config, request))
+    if not (path := os.environ.get("STEP35_CONFIG")):
+        return request
+    if not os.path.exists(path):
+        raise Step35ActivationError(
+            "STEP35_CONFIG: expected the path of a config.json or of a folder with one, found "
+            f"{path!r}, which does not exist. Correct it, or unset it to leave the patch inert."
+        )
+    # Absolute, because it is read later, perhaps in another working directory.
+    return replace(request, path=os.path.abspath(path))
+
+
+def _choice(name: str, found: str | None, legal: tuple[str, ...]) -> str | None:
+    """`found` if it is legal, None if it is None or empty."""
+    if not found:
+        return None
+    if found not in legal:
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, legal))}, found {found!r}")
+    return found
+
+
+def _settings(config: Any, request: Request) -> Settings:
+    from step35_patch.config.model import Step35Config
+
+    source = "<object>"
+    if isinstance(config, str | os.PathLike):
+        source = os.fspath(config)
+        config = Step35Config.from_pretrained(config)
+    elif isinstance(config, Mapping):
+        config = Step35Config.from_dict(config)
+    elif not isinstance(config, Step35Config):
+        raise TypeError(
+            f"config: expected a path, a mapping or a Step35Config, found a {type(config).__name__}"
+        )
+    return Settings(config, request.gate_layout, request.window, source)
