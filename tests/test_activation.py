@@ -499,7 +499,8 @@ def test_launcher_without_a_script(installed, arguments, words):
 
 def test_launched_script_can_spawn_and_start_patched_processes(installed, tmp_path):
     program = tmp_path / "program.py"
-    program.write_text(textwrap.dedent("""
+    program.write_text(
+        textwrap.dedent("""
             import concurrent.futures, multiprocessing, subprocess, sys
 
             STATE = "import sys; print('step35_patch' in sys.modules)"
@@ -514,14 +515,16 @@ def test_launched_script_can_spawn_and_start_patched_processes(installed, tmp_pa
                     print(pool.submit(child, 7).result())
                 sys.stdout.flush()
                 subprocess.run([sys.executable, "-c", STATE], check=True)
-            """))
+            """)
+    )
     output = installed.check("-m", "step35_patch", program)
     assert output.splitlines() == ["main runs", "('__mp_main__', 'inert', 7)", "True"]
 
 
 def test_launcher_in_a_checkout_that_is_not_installed(without_package, tmp_path):
     program = tmp_path / "program.py"
-    program.write_text(textwrap.dedent("""
+    program.write_text(
+        textwrap.dedent("""
             import concurrent.futures, multiprocessing
 
             if __name__ == "__main__":
@@ -529,7 +532,8 @@ def test_launcher_in_a_checkout_that_is_not_installed(without_package, tmp_path)
                 spawn = multiprocessing.get_context("spawn")
                 with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
                     print(pool.submit(step35_patch.status).result().state)
-            """))
+            """)
+    )
     done = without_package.run("-m", "step35_patch", program, cwd=ROOT)
     assert done.stdout == "inert\n", done.stderr
 
