@@ -225,7 +225,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     assert sum(p.stat().st_size for p in hf.iterdir()) > 1.1e9
     program = """if True:
         import sys
-        from step35_patch.convert import to_megatron as convert
+        from step35_patch import convert
         from step35_patch.convert.progress import peak_memory
         top = sys.argv[1]
         base = peak_memory()
@@ -442,6 +442,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(terminal, monkeypat
             return terminal
 
     now = iter(range(0, 1000, 15))
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("step35_patch.convert.progress.time.monotonic", lambda: float(next(now)))
     stream = Stream()
     progress = Progress(3_000_000_000, stream)

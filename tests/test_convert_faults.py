@@ -1622,21 +1622,21 @@ def test_check_names_the_tensor_that_differs(direction, world, tmp_path):
     """The memory was wrong before the check sum was made; the next run does not trust the file."""
     out = tmp_path / "out"
     hook = """
-import step35_patch.convert.job as conversion_run
+from step35_patch.convert.conversion import Sink
 from step35_patch.storage import hf_folder as hf_files
 from step35_patch.storage import torch_dist
 
-same, spoiled = conversion_run.Job.look_at, []
+same, spoiled = Sink.look_at, []
 
-def patched(self, name, tensor, notes):
+def patched(self, name, tensor):
     if name == "model.layers.3.moe.up_proj.weight" and not spoiled:
         spoiled.append(tensor)
         copy = tensor.clone()
         copy.view(-1)[5] += 1
         tensor.set_(copy)
-    return same(self, name, tensor, notes)
+    return same(self, name, tensor)
 
-conversion_run.Job.look_at = patched
+Sink.look_at = patched
 """
     ended = direction.convert(out, "--check", size=FEW, hook=hook)
     assert_refused(ended, "not what the source holds:\n  model.layers.3.moe.up_proj.weight\n")

@@ -1,13 +1,14 @@
-"""What a long run of copying says: a bar on a terminal, lines elsewhere, and a summary."""
+"""How far a long run of copying is, and figures as people read them."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import threading
 import time
 from pathlib import Path
 from typing import TextIO
+
+from step35_patch.terminal import StatusLine
 
 # Seconds between two updates of the bar, and between two plain lines.
 _BAR_EVERY, _LINE_EVERY = 0.2, 10.0
@@ -43,17 +44,18 @@ def peak_memory() -> int:
 
 
 class Progress:
-    """Counts bytes; threads may share it.
+    """Counts bytes and shows them: as a bar on a terminal, as a line now and then elsewhere.
+
+    Threads may share it.
 
     Args:
         total: bytes to come.
-        stream: where it is shown.
+        stream: where it is shown; standard error if None.
     """
 
     def __init__(self, total: int, stream: TextIO | None = None):
         self.total, self.done = total, 0
-        self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty()
+        self._line = StatusLine(stream or sys.stderr)
         self._start = time.monotonic()
         self._shown, self._skipped = self._start, 0
         self._lock = threading.Lock()
@@ -65,11 +67,11 @@ class Progress:
             self._skipped += count
 
     def add(self, count: int) -> None:
-        """Count bytes."""
+        """Count bytes that were written."""
         with self._lock:
             self.done += count
             now = time.monotonic()
-            if now - self._shown >= (_BAR_EVERY if self._terminal else _LINE_EVERY):
+            if now - self._shown >= (_BAR_EVERY if self._line.drawn else _LINE_EVERY):
                 self._shown = now
                 self._show(now)
 
@@ -81,27 +83,20 @@ class Progress:
             f"{share:4.0%}  {readable_bytes(self.done)} of {readable_bytes(self.total)}  "
             f"{readable_bytes(rate)}/s  {readable_seconds(left)} left"
         )
-        if self._terminal:
+        if self._line.drawn:
             bar = "#" * round(share * _BAR_WIDTH)
-            self._write(f"\r[{bar:<{_BAR_WIDTH}}] {text}\x1b[K")
+            self._line.show(f"[{bar:<{_BAR_WIDTH}}] {text}")
         else:
-            self._write(text + "\n")
-
-    def _write(self, text: str) -> None:
-        # Whoever read it may have gone away, which is no reason to stop.
-        with contextlib.suppress(BrokenPipeError):
-            self._stream.write(text)
-            self._stream.flush()
+            self._line.say(text)
 
     def say(self, text: str) -> None:
         """Print a line."""
         with self._lock:
-            clear = "\r\x1b[K" if self._terminal else ""
-            self._write(f"{clear}{text}\n")
+            self._line.say(text)
 
     def close(self) -> None:
-        """End the bar's line."""
+        """Show the bar once more, and leave it."""
         with self._lock:
-            if self._terminal:
+            if self._line.drawn:
                 self._show(time.monotonic())
-                self._write("\n")
+                self._line.close()

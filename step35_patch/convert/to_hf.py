@@ -1,0 +1,183 @@
+"""Megatron's torch_dist checkpoints to the published layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from step35_patch.config.model import Step35Config
+from step35_patch.convert import job
+from step35_patch.convert.conversion import (
+    DEFAULT_OPTIONS,
+    AnyPath,
+    Conversion,
+    Notes,
+    Options,
+    OutputFile,
+    Sink,
+    differing,
+    refuse_nesting,
+    split,
+)
+from step35_patch.storage import hf_folder
+from step35_patch.storage.hf_folder import DTYPES, HfFolder
+from step35_patch.storage.megatron_checkpoint import MegatronCheckpoint
+from step35_patch.storage.staging import Staging
+from step35_patch.tensors.megatron import Box, Run, megatron_tensors, published_runs
+from step35_patch.tensors.published import TensorInfo, published_tensors
+
+SHARD_BYTES = 5 * 10**9
+# Files of a folder in the published layout that are weights in some format, and not copied along.
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".npz")
+
+
+def convert_to_hf(
+    checkpoint: AnyPath,
+    out: AnyPath,
+    *,
+    hf_dir: AnyPath,
+    average_gate: bool = False,
+    mtp_from: AnyPath | None = None,
+    options: Options = DEFAULT_OPTIONS,
+) -> None:
+    """Write a Megatron checkpoint in the published layout, for vLLM, SGLang and transformers.
+
+    Args:
+        checkpoint: what Megatron's `--load` takes (torch_dist, any parallel layout), or the folder
+            of one iteration. Optimizer state is not read.
+        out: the folder to be made: sharded safetensors, their index, config.json.
+        hf_dir: folder with the model's config.json, and with the generation and tokenizer files,
+            which are copied along; its weights are not read.
+        average_gate: see `MegatronCheckpoint`.
+        mtp_from: folder in the published layout from which the MTP layers are copied that the
+            checkpoint lacks (`--mtp-num-layers`).
+        options: the rest.
+
+    Raises:
+        DriftedGateError: rows of an expanded gate differ, and `average_gate` is not set.
+        ValueError: `mtp_from` is missing, or is given and there is nothing to copy.
+        Step35ConfigError, CheckpointError, ConversionError, FileExistsError, OutputBusyError,
+            OSError: see `convert_to_megatron`.
+    """
+    job.run(
+        ToHf(
+            Path(checkpoint),
+            Path(out),
+            hf_dir=Path(hf_dir),
+            average_gate=average_gate,
+            mtp_from=None if mtp_from is None else Path(mtp_from),
+            options=options,
+        )
+    )
+
+
+class ToHf(Conversion[TensorInfo]):
+    """Writes published tensors, in the order of `published_tensors`.
+
+    Args and errors: see `convert_to_hf`.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        *,
+        hf_dir: Path,
+        average_gate: bool,
+        mtp_from: Path | None,
+        options: Options,
+    ):
+        refuse_nesting([source, hf_dir, *([] if mtp_from is None else [mtp_from])], target)
+        config = Step35Config.from_pretrained(hf_dir)
+        self._checkpoint = MegatronCheckpoint(source, config, average_gate=average_gate)
+        self._untrained = _untrained(self._checkpoint, mtp_from)
+        if not average_gate:
+            self._checkpoint.refuse_drifted_gates()
+        self._dtype = dtype = options.dtype or self._checkpoint.dtype
+        self._infos = published_tensors(config, hf_folder.torch_dtype_name(dtype))
+        self._runs = published_runs(megatron_tensors(config, self._checkpoint.gate_layout))
+        self._copied = _files_to_copy(hf_dir)
+        inputs = [*self._checkpoint.files(), hf_dir / "config.json", *self._copied]
+        if self._untrained is not None:
+            inputs += self._untrained.files()
+        files = split(self._infos, lambda info: info.num_bytes, options.file_bytes or SHARD_BYTES)
+        largest_run = max(run.rows * run.row for pairs in self._runs.values() for run, _ in pairs)
+        super().__init__(
+            source,
+            target,
+            options,
+            config=config,
+            inputs=inputs,
+            plan={"to": "hf", "average_gate": average_gate, "dtype": str(dtype)},
+            markers=(hf_folder.INDEX, hf_folder.SINGLE),
+            files=[
+                OutputFile(f"model-{n:05d}-of-{len(files):05d}.safetensors", items, num_bytes)
+                for n, (items, num_bytes) in enumerate(files, 1)
+            ],
+            block_bytes=2 * largest_run * dtype.itemsize,
+            notice=""
+            if self._checkpoint.folder.has_sums
+            else "the checkpoint was saved without check sums: damage to it would go unnoticed",
+        )
+
+    def _block(self, run: Run, box: Box) -> Tensor:
+        if self._untrained is not None and run.name not in self._checkpoint.runs:
+            return self._untrained.block(run.name, run.start, run.num_elements)
+        return self._checkpoint.block(run, box)
+
+    def write(self, items: Sequence[TensorInfo], sink: Sink) -> None:
+        """Fill a file: the header, then the tensors' runs."""
+        sink.file.write(hf_folder.header(items))
+        for info in items:
+            for run, box in self._runs[info.name]:
+                values = self._block(run, box).to(DTYPES[info.dtype])
+                sink.look_at(info.name, values)
+                data = values.view(torch.uint8).numpy().data
+                sink.file.write(data)
+                sink.count(len(data))
+
+    def finish(self, staging: Staging, notes: Mapping[str, Notes]) -> None:
+        """Copy what is no weight, and write config.json and the index."""
+        for path in self._copied:
+            staging.small_file(path.name, path.read_bytes())
+        staging.small_file("config.json", hf_folder.config_document(self.config, self._dtype))
+        weight_map = {info.name: file.name for file in self.files for info in file.items}
+        index = hf_folder.index_document(weight_map, self.num_bytes)
+        staging.small_file(hf_folder.INDEX, index)
+
+    def differences(self, folder: Path) -> Iterator[str]:
+        """The published tensors that a folder with the output does not hold as the source does."""
+        written = HfFolder(folder, self._infos)
+
+        def block(run: Run, box: Box) -> Tensor:
+            return written.block(run.name, run.start, run.num_elements)
+
+        return differing(self._infos, self._runs, self._block, block)
+
+
+def _untrained(checkpoint: MegatronCheckpoint, mtp_from: Path | None) -> HfFolder | None:
+    """The folder that the MTP layers come from that a checkpoint lacks; None if it has all."""
+    absent = len(checkpoint.absent)
+    if mtp_from is not None and absent:
+        return HfFolder(mtp_from, published_tensors(checkpoint.config))
+    if mtp_from is None and not absent:
+        return None
+    raise ValueError(
+        f"mtp_from: the checkpoint lacks {absent} tensors of the config's MTP layers; expected "
+        + ("a folder to copy them from, found None" if absent else "None")
+    )
+
+
+def _files_to_copy(folder: Path) -> list[Path]:
+    """Tokenizer, generation config and whatever else is no weight; links are followed."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and not path.name.startswith(".")
+        and not path.name.endswith(_WEIGHTS)
+        and path.name != "config.json"
+    )
