@@ -2,13 +2,13 @@
 
     python benchmarks/training_curve.py
 
-Runs `train_ours` and `train_reference` of tests/training_curve.py (the setting is described there)
+Runs `train_ours` and `train_reference` of tests/support/training_curve.py (the setting is described there)
 and writes results/training_curve.csv and results/training_curve.png: both losses, those of the MTP
 layers, and the largest relative difference of any of them, by iteration.
 
 It covers a tiny model with every feature of Step-3.5 in fp32 on the CPU, Megatron-Core's optimizer,
 clipping and MTP losses. It says nothing about speed, about other precisions, or about the size at
-which the published model is trained. tests/test_training_curve.py holds the curves to 1e-3.
+which the published model is trained. tests/training/test_training_curve.py holds the curves to 1e-3.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
         cpu.install()
     torch.set_num_threads(1)  # matrices this small are not worth sharing
 
-    from training_curve import differences, train_ours, train_reference, write_folder
+    from support.training_curve import differences, train_ours, train_reference, write_folder
 
     with tempfile.TemporaryDirectory() as folder:
         hf_folder, config, weights = write_folder(Path(folder, "hf"))

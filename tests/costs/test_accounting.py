@@ -1,0 +1,239 @@
+"""Operations, parameters and memory: against built models, torch's counter and the published sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from support.ours import build, run
+from support.reference import (
+    FULL,
+    Reference,
+    random_tokens,
+    random_weights,
+    tiny_config,
+    write_hf_folder,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+import step35_patch
+from step35_patch import Step35Config
+from step35_patch.config import packaged_config_path
+from step35_patch.costs.accounting import (
+    Parameters,
+    layer_activation_bytes,
+    stage_parameters,
+    training_flops,
+)
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.fixture(scope="module")
+def published() -> Step35Config:
+    return Step35Config.from_pretrained(packaged_config_path())
+
+
+def test_matrix_products_are_those_that_run():
+    """Of the reference's forward; attention's own products are left out by way of two lengths."""
+    config = tiny_config()
+    reference = Reference(config, random_weights(config, 61))
+    input_ids, labels = random_tokens(61, 1, 24)
+    with FlopCounterMode(display=False) as counter:
+        reference.losses(input_ids, labels)
+    counts = counter.get_flop_counts()["Global"]
+    counted = sum(counts.values())
+    # torch counts the masked scores, too: 4 operations for each pair, head and channel.
+    plans = Step35Config.from_dict(config).layers
+    scores = sum(4 * p.num_attention_heads * p.kv_channels * 24**2 for p in plans)
+    size = {"tokens": 24, "vocab_size": 96, "mtp_layers": 2}
+    parsed = Step35Config.from_dict(config)
+    forward = training_flops(parsed, squared_lengths=0.0, **size) / 3
+    assert counted - scores == pytest.approx(forward, rel=1e-6)
+
+
+@pytest.mark.parametrize("length", [6, 8, 9, 40])
+def test_attention_counts_visible_keys(length):
+    config = Step35Config.from_dict(tiny_config())
+    size = {"tokens": 2 * length, "vocab_size": 96, "mtp_layers": 2}
+    attention = training_flops(config, squared_lengths=2 * length**2, **size)
+    attention -= training_flops(config, squared_lengths=0.0, **size)
+    expected = 0.0
+    for plan in config.layers:
+        window = length if plan.window_size is None else plan.window_size[0] + 1
+        # Megatron counts half a key for a query's own.
+        keys = sum(min(i + 0.5, window) for i in range(length))
+        expected += 3 * 4 * plan.num_attention_heads * plan.kv_channels * 2 * keys
+    assert attention == pytest.approx(expected, rel=0.02)
+
+
+def test_published_model_costs_what_is_active(published):
+    """About six operations a token for each of its 11 B active parameters, MTP layers left out."""
+    flops = training_flops(
+        published, tokens=1, squared_lengths=0.0, vocab_size=128896, mtp_layers=0
+    )
+    assert 10.5e9 < flops / 6 < 11.5e9
+
+
+@pytest.mark.parametrize("gate_layout", ["headwise", "expanded"])
+@pytest.mark.parametrize("mtp_layers", [2, 1, None])
+def test_parameters_are_those_of_the_built_model(tmp_path, gate_layout, mtp_layers):
+    config = tiny_config()
+    folder = write_hf_folder(tmp_path / "hf", config, random_weights(config, 62))
+    model = build(folder, gate_layout=gate_layout, mtp_num_layers=mtp_layers)
+    found = stage_parameters(
+        Step35Config.from_dict(config),
+        range(6),
+        embedding=True,
+        output_matrices=1 + (mtp_layers or 0),
+        mtp_layers=mtp_layers or 0,
+        vocab_size=96,
+        gate_layout=gate_layout,
+    )
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    total = sum(p.numel() for p in model.parameters())
+    assert found == Parameters(dense=total - experts, expert=experts)
+
+
+@pytest.mark.parametrize(("gate_layout", "more"), [("headwise", 0), ("expanded", 2_197_291_008)])
+def test_ranks_add_up_to_the_published_model(published, gate_layout, more):
+    """TP 8, PP 5, EP 16, ETP 1: what is whole on each tensor-parallel rank counts once."""
+    tensor, expert, stages = 8, 16, 5
+    total = Parameters()
+    for stage in range(stages):
+        last = stage == stages - 1
+        where = dict(
+            layers=range(9 * stage, 9 * stage + 9),
+            embedding=stage == 0,
+            output_matrices=4 if last else 0,
+            mtp_layers=3 if last else 0,
+            vocab_size=128896,
+            gate_layout=gate_layout,
+        )
+        split = stage_parameters(published, tensor=tensor, expert=expert, expert_tensor=1, **where)
+        alone = stage_parameters(published, **where)
+        # Norms and routers are whole on each of the eight ranks.
+        plans = [published.layers[i] for i in where["layers"]]
+        plans += [published.layers[45 + i] for i in range(where["mtp_layers"])]
+        kept = sum(
+            2 * 4096 + 2 * 128 + plan.is_moe * 288 * 4096 + plan.is_mtp * 3 * 4096 for plan in plans
+        )
+        kept += 4096 if last else 0
+        assert tensor * (split.dense - kept) + kept == alone.dense
+        assert expert * split.expert == alone.expert
+        total = total + alone
+    embedding_copy = 128896 * 4096  # of the stage with the MTP layers
+    router_biases = 42 * 288
+    assert total.dense + total.expert == 199_384_301_376 - router_biases + embedding_copy + more
+
+
+def test_activations_follow_the_layer(published):
+    dense, moe = published.layers[0], published.layers[4]
+    tokens, hidden, heads = 10, 4096, 64 * 128
+    attention = 4 * hidden + 4 * heads + 3 * 8 * 128
+    assert layer_activation_bytes(published, dense, tokens) == 20 * (attention + 3 * 11264)
+    routed = 8 * (hidden + 3 * 1280) + 3 * 1280
+    assert layer_activation_bytes(published, moe, tokens) == 20 * (attention + routed)
+    wider = dataclasses.replace(moe, num_attention_heads=96)
+    more = layer_activation_bytes(published, wider, tokens) - 20 * (attention + routed)
+    assert more == 20 * 4 * 32 * 128
+    mtp, sliding = published.layers[45], published.layers[1]  # both dense with 96 heads
+    alone = layer_activation_bytes(published, sliding, tokens)
+    assert layer_activation_bytes(published, mtp, tokens) - alone == 20 * 5 * hidden
+
+
+def test_activations_of_a_rank(published):
+    dense, moe = published.layers[0], published.layers[4]
+    alone = layer_activation_bytes(published, dense, 10)
+    assert layer_activation_bytes(published, dense, 10, tensor=8) == alone / 8
+    whole = layer_activation_bytes(published, dense, 10, tensor=8, sequence_parallel=False)
+    assert whole == alone / 8 + 20 * 4 * 4096 * 7 / 8
+    # With experts split by tensor parallelism, each rank has the routed tokens of all.
+    alone = layer_activation_bytes(published, moe, 10, tensor=8)
+    split = layer_activation_bytes(published, moe, 10, tensor=8, expert_tensor=8)
+    assert split - alone == 20 * 8 * 4096 * 7 / 8
+
+
+@pytest.fixture
+def megatron_args(tmp_path, monkeypatch):
+    """Megatron's arguments, parsed and validated with a config active."""
+    from megatron.training.arguments import parse_args, validate_args
+
+    def parse(config: dict, *words: str):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(config))
+        line = ["pretrain_gpt.py", "--step35-config", str(path), *words]
+        line += """--seq-length 64 --micro-batch-size 1 --train-iters 1 --lr 1e-3 --mock-data
+            --transformer-impl local --tokenizer-type NullTokenizer --no-persist-layer-norm
+            --no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-rope-fusion""".split()
+        monkeypatch.setattr(sys, "argv", line)
+        args = parse_args()
+        validate_args(args)
+        return args
+
+    yield parse
+    step35_patch.activate()
+
+
+def test_megatron_prints_these_numbers(megatron_args, capsys):
+    from megatron.training import training
+    from megatron.training.theoretical_memory_usage import report_theoretical_memory
+
+    args = megatron_args(tiny_config())
+    config = Step35Config.from_dict(tiny_config())
+    expected = training_flops(
+        config, tokens=4 * 64, squared_lengths=4 * 64**2, vocab_size=96, mtp_layers=2
+    )
+    assert training.num_floating_point_operations(args, 4) == expected
+    weights, activations, total = report_theoretical_memory(args, 1, verbose=True)
+    parameters = stage_parameters(
+        config, range(6), embedding=True, output_matrices=3, mtp_layers=2, vocab_size=96
+    )
+    assert weights == pytest.approx(18 * (parameters.dense + parameters.expert) / 1024**2)
+    assert total == weights + activations and activations > 0
+    assert "Step-3.5 pipeline stage 0" in capsys.readouterr().out
+    step35_patch.activate()  # inert: Megatron's own numbers again
+    args.mtp_num_layers = None
+    assert training.num_floating_point_operations(args, 4) != expected
+
+
+def test_reports_of_a_pipeline(megatron_args, monkeypatch):
+    from megatron.training import theoretical_memory_usage as memory
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    full = tiny_config(layer_types=[FULL] * 8, rope_theta=50.0, partial_rotary_factors=None)
+    args = megatron_args(full, "--pipeline-model-parallel-size", "2")
+    config = Step35Config.from_dict(full)
+    stages = [
+        stage_parameters(
+            config, range(3), embedding=True, output_matrices=0, mtp_layers=0, vocab_size=96
+        ),
+        stage_parameters(
+            config, range(3, 6), embedding=False, output_matrices=3, mtp_layers=2, vocab_size=96
+        ),
+    ]
+    largest = max(18 * (stage.dense + stage.expert) for stage in stages)
+    assert memory.compute_weight_and_optimizer_memory(args) == largest
+    one = memory.compute_activation_memory_without_sp(args, num_microbatches=1)
+    assert memory.compute_activation_memory_without_sp(args, num_microbatches=8) >= one
+
+
+def test_model_runs_what_is_counted(tmp_path):
+    """Ours, too, runs no other matrix products than the reference: torch's count of one layer kind."""
+    config = tiny_config(num_nextn_predict_layers=0, use_moe=False, moe_layers_enum="")
+    for name in ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits"):
+        config[name] = config[name][:6]
+    config["swiglu_limits_shared"] = config["swiglu_limits_shared"][:6]
+    folder = write_hf_folder(tmp_path / "hf", config, random_weights(config, 63))
+    model = build(folder)
+    input_ids, _ = random_tokens(63, 1, 24)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run(model, input_ids)
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(count for op, count in counts.items() if "attention" not in str(op))
+    parsed = Step35Config.from_dict(config)
+    expected = training_flops(parsed, tokens=24, squared_lengths=0.0, vocab_size=96, mtp_layers=0)
+    assert products == pytest.approx(expected / 3, rel=1e-6)

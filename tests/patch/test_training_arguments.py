@@ -1,0 +1,212 @@
+"""Megatron's command line with a config: filled in, conflicts listed, what cannot work refused."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import pytest
+from support.reference import FULL, tiny_config
+
+import step35_patch
+from step35_patch.patch.agreement import Step35MismatchError, check_checkpoint
+from step35_patch.patch.parse_args import Step35ArgumentError, add_arguments
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.fixture
+def parse(tmp_path, monkeypatch):
+    """Parses a command line as Megatron's scripts do; the first argument may be a config."""
+    from megatron.training import arguments
+
+    def parse(*words: str, config: dict | None = None, option: bool = True):
+        line = list(words)
+        if config is not None:
+            path = tmp_path / "config.json"
+            path.write_text(json.dumps(config))
+            if option:
+                line += ["--step35-config", str(path)]
+            else:
+                monkeypatch.setenv("STEP35_CONFIG", str(path))
+                step35_patch.activate()
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *line])
+        return arguments.parse_args()
+
+    yield parse
+    monkeypatch.delenv("STEP35_CONFIG", raising=False)
+    step35_patch.activate()
+
+
+@pytest.mark.parametrize("option", [True, False])
+def test_shapes_are_filled_in(parse, option):
+    args = parse("--seq-length", "32", config=tiny_config(), option=option)
+    expected = {
+        "num_layers": 6,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "group_query_attention": True,
+        "num_query_groups": 2,
+        "kv_channels": 16,
+        "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": True,
+        "qk_layernorm": True,
+        "position_embedding_type": "rope",
+        "untie_embeddings_and_output_weights": True,
+        "padded_vocab_size": 96,
+        "num_experts": 4,
+        "moe_layer_freq": [0, 0, 1, 1, 1, 1],
+        "moe_router_topk": 2,
+        "moe_router_topk_scaling_factor": 3.0,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_dtype": "fp32",
+        "moe_shared_expert_intermediate_size": 40,
+        "mtp_num_layers": 2,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "seq_length": 32,
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert (args.step35_gate_layout, args.step35_window) == ("headwise", "hf")
+
+
+def test_without_a_config_nothing_is_changed(parse):
+    args = parse("--num-layers", "3", "--hidden-size", "8")
+    assert (args.num_layers, args.hidden_size, args.num_experts) == (3, 8, None)
+    assert not hasattr(args, "step35_fingerprint")
+
+
+def test_arguments_win_over_variables(parse, monkeypatch, tmp_path):
+    monkeypatch.setenv("STEP35_WINDOW", "hf")
+    monkeypatch.setenv("STEP35_GATE_LAYOUT", "headwise")
+    (tmp_path / "other.json").write_text(json.dumps(tiny_config(intermediate_size=80)))
+    monkeypatch.setenv("STEP35_CONFIG", str(tmp_path / "other.json"))
+    args = parse(
+        *("--step35-window", "steptron", "--step35-gate-layout", "expanded"), config=tiny_config()
+    )
+    assert args.ffn_hidden_size == 48
+    assert (args.step35_window, args.step35_gate_layout) == ("steptron", "expanded")
+    status = step35_patch.status()
+    assert (status.window, status.gate_layout) == ("steptron", "expanded")
+
+
+def test_what_says_the_same_is_no_conflict(parse):
+    args = parse(
+        *"--num-layers 6 --moe-layer-freq ([0]*2+[1]*4) --rotary-base 50".split(),
+        *"--rotary-percent 0.5 --hidden-dropout 0.1 --vocab-size 90".split(),
+        config=tiny_config(),
+    )
+    assert (args.hidden_dropout, args.vocab_size, args.padded_vocab_size) == (0.1, 90, 96)
+
+
+def test_fewer_mtp_layers_may_be_trained(parse):
+    assert parse("--mtp-num-layers", "1", config=tiny_config()).mtp_num_layers == 1
+    with pytest.raises(Step35ArgumentError, match="--mtp-num-layers: the config needs 2, found 3"):
+        parse("--mtp-num-layers", "3", config=tiny_config())
+
+
+def test_all_problems_come_in_one_error(parse):
+    with pytest.raises(Step35ArgumentError) as error:
+        parse(
+            *"--num-layers 5 --num-query-groups 4 --rotary-base 3 --window-size 3,0".split(),
+            *"--tensor-model-parallel-size 4 --expert-model-parallel-size 3".split(),
+            config=tiny_config(),
+        )
+    text = str(error.value)
+    assert len(error.value.problems) == 6
+    for line in (
+        "--num-layers: the config needs 6, found 5",
+        "--num-query-groups: the config needs 2, found 4",
+        "--rotary-base: the config needs 50 (of the full-attention layers), found 3",
+        "--window-size: expected None, found (3, 0)",
+        "--tensor-model-parallel-size: expected a divisor of num_attention_groups=2, found 4",
+        "--expert-model-parallel-size: expected a divisor of moe_num_experts=4, found 3",
+    ):
+        assert line in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--context-parallel-size 2 --transformer-impl local", "no-create-attention-mask"),
+        ("--context-parallel-size 2", "--cp-comm-type: expected a2a or all_gather"),
+        ("--context-parallel-size 4 --cp-comm-type a2a", "use --cp-comm-type all_gather"),
+        ("--cuda-graph-impl local", "--cuda-graph-impl: expected none, found local"),
+        ("--flash-decode", "--flash-decode: expected False, found True"),
+        ("--use-rope-scaling", "--use-rope-scaling: expected False"),
+        ("--window-attn-skip-freq 4", "--window-attn-skip-freq: expected None, found 4"),
+        ("--attention-output-gate", "--attention-output-gate: expected False"),
+        ("--spec local", "--spec: expected None"),
+        ("--padded-vocab-size 97 --tensor-model-parallel-size 2", "--padded-vocab-size: .* of"),
+    ],
+)
+def test_what_cannot_work_is_refused(parse, words, message):
+    with pytest.raises(Step35ArgumentError, match=message):
+        parse(*words.split(), config=tiny_config())
+
+
+def test_context_parallelism_is_free_where_there_is_no_window(parse):
+    config = tiny_config(layer_types=[FULL] * 8, rope_theta=50.0, partial_rotary_factors=None)
+    parse("--context-parallel-size", "2", config=config)
+
+
+def test_yaml_is_refused(parse, tmp_path):
+    path = tmp_path / "args.yaml"
+    path.write_text("enable_msc: false\ndisable_msc_deprecated: false\n")
+    with pytest.raises(Step35ArgumentError, match="--yaml-cfg: expected none"):
+        parse("--yaml-cfg", str(path), config=tiny_config(), option=False)
+
+
+def test_megatron_pads_the_vocabulary_where_it_is_asked_to(parse):
+    args = parse("--make-vocab-size-divisible-by", "64", config=tiny_config())
+    assert (args.vocab_size, args.padded_vocab_size) == (96, None)
+
+
+def test_own_arguments_need_a_config(parse):
+    with pytest.raises(Step35ArgumentError, match="give --step35-config or STEP35_CONFIG"):
+        parse("--step35-window", "steptron")
+
+
+def test_broken_config_is_told_before_anything_else(parse):
+    with pytest.raises(step35_patch.Step35ConfigError, match="hidden_size"):
+        parse("--num-layers", "5", config=tiny_config(hidden_size=-1))
+
+
+def test_help_has_the_arguments():
+    text = add_arguments(argparse.ArgumentParser()).format_help()
+    for option in ("--step35-config PATH", "--step35-gate-layout", "--step35-window"):
+        assert option in text
+
+
+def test_parsed_arguments_pass_the_config_hook(parse):
+    """What was filled in gives a TransformerConfig without conflicts."""
+    from megatron.training.arguments import core_transformer_config_from_args, validate_args
+
+    args = parse(
+        *"--seq-length 32 --micro-batch-size 1 --train-iters 1 --lr 1e-3".split(),
+        *"--transformer-impl local --tokenizer-type NullTokenizer --mock-data".split(),
+        *"--no-persist-layer-norm --no-gradient-accumulation-fusion".split(),
+        *"--no-masked-softmax-fusion --no-rope-fusion".split(),
+        config=tiny_config(),
+    )
+    validate_args(args)
+    config = core_transformer_config_from_args(args)
+    assert config.step35.config.fingerprint == args.step35_fingerprint
+    assert config.hetereogenous_dist_checkpoint
+
+
+def test_checkpoint_of_another_model_is_named(parse):
+    args = parse(config=tiny_config())
+    check_checkpoint(args, "iter_0000002")
+    other = argparse.Namespace(**vars(args))
+    other.step35_window, other.step35_fingerprint = "steptron", "0" * 64
+    with pytest.raises(Step35MismatchError) as error:
+        check_checkpoint(other, "iter_0000002")
+    assert "window: steptron in the checkpoint, hf in this run" in str(error.value)
+    assert f"config fingerprint: {'0' * 64} in the checkpoint" in str(error.value)
+    with pytest.warns(RuntimeWarning, match="does not say which Step-3.5 model"):
+        check_checkpoint(argparse.Namespace(num_layers=6), "iter_0000002")

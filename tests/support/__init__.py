@@ -1,0 +1,1 @@
+"""What the tests share: models and weights, the reference, runs under torchrun, environments."""

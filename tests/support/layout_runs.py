@@ -1,0 +1,202 @@
+"""Runs of the example training script under torchrun, and what their logs say.
+
+One checkpoint is made first, from which every layout starts: a random start is drawn differently
+under pipeline and expert parallelism.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from step35_patch.arguments import CPU_ARGUMENTS
+from support.reference import tiny_config
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_step35.py"
+# Runs an unmodified script of Megatron-LM's on the CPU.
+REAL_SCRIPT = Path(__file__).with_name("real_script.py")
+SEQ_LENGTH, ITERATIONS = 64, 20
+
+# Name: (processes, arguments)
+LAYOUTS = {
+    "tp2": (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    "pp2": (2, "--pipeline-model-parallel-size 2"),
+    "vpp": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 3"),
+    "uneven pp": (
+        2,
+        "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 4 "
+        "--decoder-last-pipeline-num-layers 2",
+    ),
+    "no decoder layer on the last stage": (
+        2,
+        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*6|mmL",
+    ),
+    "ep2": (2, "--expert-model-parallel-size 2"),
+    "cp2": (2, "--context-parallel-size 2"),
+    "dp2, distributed optimizer": (2, "--use-distributed-optimizer"),
+    "full recompute": (
+        1,
+        "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    ),
+    "selective recompute": (
+        1,
+        "--recompute-granularity selective --recompute-modules core_attn moe mlp",
+    ),
+    "tp4": (4, "--tensor-model-parallel-size 4 --sequence-parallel"),
+    "tp2 ep2 etp1": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
+        "--expert-tensor-parallel-size 1",
+    ),
+    "tp2 pp2": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 2",
+    ),
+    "tp2 cp2": (
+        4,
+        "--tensor-model-parallel-size 2 --sequence-parallel --context-parallel-size 2",
+    ),
+}
+
+_LINE = re.compile(
+    r"iteration +(\d+)/ *\d+ \|.*? lm loss: (\S+) \|(.*?)grad norm: (\S+) \|", re.DOTALL
+)
+_MTP = re.compile(r"mtp_\d+ loss: (\S+)")
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What Megatron logged of one: losses in nats a token, the gradients' norm before clipping."""
+
+    loss: float
+    mtp_losses: tuple[float, ...]
+    grad_norm: float
+
+
+def layout_config() -> dict:
+    """A tiny config that tensor parallelism can divide by four, for byte tokens."""
+    other = {"attention_type": "sliding_attention", "num_attention_heads": 8}
+    return tiny_config(
+        vocab_size=256,
+        pad_token_id=0,
+        hidden_size=32,
+        head_dim=8,
+        num_attention_heads=4,
+        num_attention_groups=4,
+        attention_other_setting=other | {"num_attention_groups": 4, "head_dim": 8},
+        sliding_window=12,
+    )
+
+
+def arguments(iterations: int = ITERATIONS) -> list[str]:
+    """Megatron's arguments of every run; the model's shape comes from the config."""
+    return [
+        *CPU_ARGUMENTS,
+        *f"""
+        --tokenizer-type NullTokenizer --seq-length {SEQ_LENGTH} --num-workers 0
+        --micro-batch-size 2 --global-batch-size 4 --train-iters {iterations}
+        --lr 1e-3 --lr-decay-style constant --weight-decay 0.1 --clip-grad 0.5 --seed 7
+        --moe-router-bias-update-rate 0 --moe-token-dispatcher-type alltoall
+        --eval-iters 0 --eval-interval 1000 --log-interval 1
+        --ckpt-format torch_dist --no-create-attention-mask-in-dataloader
+        """.split(),
+    ]
+
+
+def run(
+    config: Path,
+    *more: str,
+    processes: int = 1,
+    script: Path = SCRIPT,
+    python_path: tuple[Path, ...] = (),
+    timeout: int = 280,
+) -> str:
+    """The output of a script, run to its end; `python_path` goes before everything else.
+
+    Raises:
+        RuntimeError: it did not end with status 0; carries the end of its output.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), str(script), *more]
+    environment = {
+        **{n: v for n, v in os.environ.items() if not n.startswith("STEP35_")},
+        "STEP35_CONFIG": str(config),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": os.pathsep.join(
+            [*map(str, python_path), str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]
+        ),
+        # Megatron-LM makes its dataset helper with the python3 and python3-config of PATH.
+        "PATH": os.pathsep.join(
+            [
+                str(Path(sys.executable).parent),
+                str(Path(sys.base_prefix) / "bin"),
+                os.environ["PATH"],
+            ]
+        ),
+    }
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=timeout, check=False
+    )
+    output = result.stdout + result.stderr
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{output[-6000:]}")
+    return output
+
+
+def iterations(output: str) -> dict[int, Iteration]:
+    """What was logged, by iteration."""
+    return {
+        int(number): Iteration(
+            float(loss), tuple(float(x) for x in _MTP.findall(rest)), float(norm)
+        )
+        for number, loss, rest, norm in _LINE.findall(output)
+    }
+
+
+def write_config(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.json"
+    path.write_text(json.dumps(layout_config()))
+    return path
+
+
+def assert_same_training(
+    found: dict[int, Iteration], expected: dict[int, Iteration], tolerance: float = 2e-5
+) -> None:
+    """Losses agree within fp32 rounding at every iteration, gradient norms within the log's digits."""
+    assert sorted(found) == sorted(expected)
+    for number, wanted in expected.items():
+        got = found[number]
+        assert len(got.mtp_losses) == len(wanted.mtp_losses), number
+        pairs = zip((got.loss, *got.mtp_losses), (wanted.loss, *wanted.mtp_losses))
+        for loss, wanted_loss in pairs:
+            assert abs(loss / wanted_loss - 1) < tolerance, (number, got, wanted)
+        assert abs(got.grad_norm - wanted.grad_norm) < 2e-3, (number, got, wanted)
+
+
+def checkpoint_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """All tensors of a torch_dist checkpoint, optimizer's state included."""
+    return stored_tensors(folder / f"iter_{iteration:07d}")
+
+
+def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors in the folder of one iteration, as torch.distributed.checkpoint reads them."""
+    reader = dcp.FileSystemReader(folder)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

@@ -1,0 +1,157 @@
+"""Training is the same under every parallel layout: the example script, torchrun, gloo.
+
+Each layout starts from one checkpoint and trains 20 iterations on the same data; losses, MTP losses
+and gradient norms are those of the run with one process.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from support import layout_runs
+from support.layout_runs import (
+    ITERATIONS,
+    LAYOUTS,
+    arguments,
+    assert_same_training,
+    checkpoint_tensors,
+    iterations,
+    run,
+)
+
+from step35_patch.convert import Options, convert_to_hf, convert_to_megatron
+
+pytestmark = pytest.mark.slow
+# With each Megatron-Core; the others run with the newest only.
+every_version = pytest.mark.megatron
+
+EVERY_VERSION = ("tp2", "pp2")
+
+
+class Start:
+    """The config, the checkpoint that all runs start from, and the run with one process."""
+
+    def __init__(self, folder):
+        self.config = layout_runs.write_config(folder)
+        self.checkpoint = folder / "start"
+        run(
+            self.config,
+            *arguments(iterations=2),
+            *("--save", str(self.checkpoint), "--save-interval", "2"),
+        )
+        self.expected = iterations(run(self.config, *arguments(), *self.load()))
+        assert sorted(self.expected) == list(range(1, ITERATIONS + 1))
+
+    def load(self) -> list[str]:
+        """Arguments that start from the checkpoint's weights, at iteration 0."""
+        return [
+            *("--load", str(self.checkpoint), "--exit-on-missing-checkpoint"),
+            *("--finetune", "--no-load-optim", "--no-load-rng"),
+        ]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return Start(tmp_path_factory.mktemp("start"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[every_version] if n in EVERY_VERSION else []) for n in LAYOUTS]
+)
+def test_layout(start, name):
+    processes, layout = LAYOUTS[name]
+    output = run(start.config, *arguments(), *start.load(), *layout.split(), processes=processes)
+    assert_same_training(iterations(output), start.expected)
+
+
+@every_version
+def test_checkpoint_is_resharded_and_resumed(start, tmp_path):
+    """Saved under TP2, loaded under TP2, PP2 and by one process: training goes on alike."""
+    saved = tmp_path / "tp2"
+    tp2 = LAYOUTS["tp2"][1].split()
+    half = ITERATIONS // 2
+    save = ["--save", str(saved), "--save-interval", str(half)]
+    first = iterations(run(start.config, *arguments(), *start.load(), *tp2, *save, processes=2))
+    assert_same_training(first, start.expected)
+    resume = ["--load", str(saved), "--ckpt-step", str(half), "--exit-on-missing-checkpoint"]
+
+    # The same layout: bit for bit, in the log and in every tensor that is saved at the end. (Megatron
+    # logs the mean of the first two losses at the second iteration after a start.)
+    over = ["--save", str(tmp_path / "again"), "--save-interval", str(half)]
+    again = iterations(run(start.config, *arguments(), *tp2, *resume, *over, processes=2))
+    assert sorted(again) == list(range(half + 1, ITERATIONS + 1))
+    for number in set(again) - {half + 2}:
+        assert again[number] == first[number]
+    found = checkpoint_tensors(tmp_path / "again", ITERATIONS)
+    wanted = checkpoint_tensors(saved, ITERATIONS)
+    assert set(found) == set(wanted) and any("exp_avg_sq" in name for name in wanted)
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+    # Other layouts, optimizer's state included.
+    rest = {n: it for n, it in start.expected.items() if n > half and n != half + 2}
+    for processes, layout in ((1, ""), LAYOUTS["pp2"]):
+        other = iterations(
+            run(start.config, *arguments(), *layout.split(), *resume, processes=processes)
+        )
+        del other[half + 2]
+        assert_same_training(other, rest)
+
+
+@every_version
+def test_converted_checkpoint_trains_alike(start, tmp_path):
+    """From Megatron's own checkpoint, optimizer's state in it, to the published layout and back."""
+    convert_to_hf(start.checkpoint, tmp_path / "hf", hf_dir=start.config.parent)
+    convert_to_megatron(tmp_path / "hf", tmp_path / "converted", options=Options(file_bytes=50_000))
+    # What --load takes without --finetune: a release starts at iteration 0 by itself.
+    load = ["--load", str(tmp_path / "converted"), "--exit-on-missing-checkpoint"]
+    for processes, layout in ((1, ""), LAYOUTS["tp2"]):
+        output = run(start.config, *arguments(), *load, *layout.split(), processes=processes)
+        assert_same_training(iterations(output), start.expected)
+    with pytest.raises(RuntimeError, match="gate layout: headwise in the checkpoint, expanded"):
+        run(start.config, *arguments(), *load, "--step35-gate-layout", "expanded")
+
+
+def test_expanded_gate_is_saved_and_resharded(start, tmp_path):
+    saved = tmp_path / "expanded"
+    expanded = ["--step35-gate-layout", "expanded"]
+    save = ["--save", str(saved), "--save-interval", "4"]
+    run(start.config, *arguments(4), *expanded, *save)
+    weights = ["--load", str(saved), "--finetune", "--no-load-optim", "--no-load-rng"]
+    weights += [*expanded, "--exit-on-missing-checkpoint"]
+    alone = iterations(run(start.config, *arguments(6), *weights))
+    tp2 = iterations(
+        run(start.config, *arguments(6), *weights, *LAYOUTS["tp2"][1].split(), processes=2)
+    )
+    assert_same_training(tp2, alone)
+
+
+def test_checkpoint_of_another_model_is_refused(start, tmp_path):
+    document = json.loads(start.config.read_text())
+    changed = tmp_path / "config.json"
+    changed.write_text(json.dumps(document | {"swiglu_limits": None}))
+    for config, more, message in (
+        (start.config, ["--step35-window", "steptron"], "window: hf in the checkpoint, steptron"),
+        (changed, [], "config fingerprint: "),
+        (start.config, ["--step35-gate-layout", "expanded"], "gate layout: headwise in the"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run(config, *arguments(2), *start.load(), *more)
+
+
+def test_ranks_that_build_different_models_are_named(start, tmp_path):
+    """Rank 1 gets another window, by a wrapper around the script."""
+    script = tmp_path / "different.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    os.environ['STEP35_WINDOW'] = 'steptron'\n"
+        f"sys.argv[0] = {str(layout_runs.SCRIPT)!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    pp2 = LAYOUTS["pp2"][1].split()
+    with pytest.raises(
+        RuntimeError, match="window: hf on rank\\(s\\) 0, steptron on rank\\(s\\) 1"
+    ):
+        run(start.config, *arguments(2), *pp2, processes=2, script=script)

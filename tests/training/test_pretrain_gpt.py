@@ -1,0 +1,74 @@
+"""Megatron-LM's own pretrain_gpt.py, unmodified, from a release: every layout trains alike.
+
+The checkouts are named by STEP35_TEST_MEGATRON_LM, separated as in PATH; each is tested with the
+Megatron-Core that is in it. test_layouts.py has the same with the wheel alone.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from support import layout_runs
+from support.layout_runs import LAYOUTS, arguments, assert_same_training, iterations, run
+
+VARIABLE = "STEP35_TEST_MEGATRON_LM"
+CHECKOUTS = [Path(path) for path in os.environ.get(VARIABLE, "").split(os.pathsep) if path]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not CHECKOUTS, reason=f"{VARIABLE} names no checkout of Megatron-LM (core_v0.17.1, ...)"
+    ),
+]
+
+NAMES = ("tp2", "pp2", "vpp", "no decoder layer on the last stage", "ep2", "cp2", "tp2 pp2")
+# One less than the embedding has: the tokenizer of 0.17 adds an end-of-document token.
+DATA = ["--mock-data", "--vocab-size", "255"]
+
+
+def run_script(checkout: Path, config: Path, *more: str, processes: int = 1) -> str:
+    return run(
+        config,
+        str(checkout / "pretrain_gpt.py"),
+        *arguments(iterations=10),
+        *DATA,
+        *more,
+        processes=processes,
+        script=layout_runs.REAL_SCRIPT,
+        python_path=(checkout,),
+    )
+
+
+@pytest.fixture(scope="module", params=CHECKOUTS, ids=lambda path: path.name)
+def case(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrain_gpt")
+    config, saved = layout_runs.write_config(folder), str(folder / "start")
+    run_script(request.param, config, "--save", saved, "--save-interval", "10")
+    start = ["--load", saved, "--exit-on-missing-checkpoint"]
+    start += ["--finetune", "--no-load-optim", "--no-load-rng"]
+    output = run_script(request.param, config, *start)
+    assert "step35_patch" in output
+    return request.param, config, start, iterations(output)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layout(case, name):
+    checkout, config, start, expected = case
+    processes, layout = LAYOUTS[name]
+    output = run_script(checkout, config, *start, *layout.split(), processes=processes)
+    assert_same_training(iterations(output), expected)
+
+
+def test_conflicting_arguments_end_the_script(case):
+    checkout, config, *_ = case
+    with pytest.raises(RuntimeError, match="--num-layers: the config needs 6, found 7"):
+        run_script(checkout, config, "--num-layers", "7")
+
+
+def test_help_has_the_arguments(case):
+    checkout, config, *_ = case
+    if "0.17" not in checkout.name:
+        pytest.skip("--help of Megatron-Core 0.18 and 0.19 fails in argparse by itself")
+    assert "--step35-config PATH" in run_script(checkout, config, "--help")
