@@ -15,12 +15,14 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).parents[1])  # tests/, in which "support" is found
 
+from support import distributed_worker  # noqa: E402, puts the stand-in for CUDA in place
+
+# isort: split
 import torch  # noqa: E402
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # noqa: E402
 
-from support import distributed_worker  # noqa: E402, the stand-in for CUDA, before megatron
 from support.reference import WINDOW, random_tokens  # noqa: E402
 
 # What Megatron hands down when it saves and loads.
