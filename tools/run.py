@@ -1,4 +1,4 @@
-"""What ./run does once it has a Python: set up .venv, then run the demo or the tests in it.
+"""What ./run does once it has a Python: set up .venv, then run the demo, the checks or the tests in it.
 
 Standard library only. The set-up is skipped while what it depends on is unchanged, so that a
 second run needs no network; one that was interrupted is started afresh.
@@ -25,6 +25,9 @@ STATE = VENV / "step35-setup"
 INCOMPLETE, OUTDATED = "incomplete", "outdated"
 # The newest tested Megatron-Core is in .venv itself; these lie in folders for PYTHONPATH.
 OLDER_MEGATRON_CORES = ("0.18", "0.17")
+# Tests run side by side: one more than there are cores, because many wait for processes to start.
+# A worker takes over tests of another when it has done its own.
+WORKERS = ("-n", str((os.cpu_count() or 1) + 1), "--dist", "worksteal", "--durations", "20")
 
 
 def main() -> int:
@@ -35,6 +38,7 @@ def main() -> int:
     test.add_argument(
         "--quick", action="store_true", help="the newest Megatron-Core only, without the slow tests"
     )
+    commands.add_parser("lint", help="check style and types only: ruff and mypy")
     commands.add_parser("setup", help="nothing else")
     arguments, rest = parser.parse_known_args()
 
@@ -47,6 +51,8 @@ def main() -> int:
         ).returncode
     if arguments.command == "test":
         return test_all(rest, arguments.quick)
+    if arguments.command == "lint":
+        return int(not lint())
     return 0
 
 
@@ -127,10 +133,12 @@ def call(*command: str) -> None:
 
 
 def test_all(arguments: list[str], quick: bool) -> int:
-    """All tests with the newest Megatron-Core, and those that depend on it with the others.
+    """Style and types; all tests with the newest Megatron-Core, and those that depend on it with
+    the others.
 
     Quick: only those that are not slow, and with the newest only.
     """
+    clean = lint()
     only = ["not slow"] if quick else []
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     statuses = [run_tests("newest Megatron-Core", None, only, arguments, counts)]
@@ -143,7 +151,20 @@ def test_all(arguments: list[str], quick: bool) -> int:
     print(f"{passed} passed, {failed} failed, {counts['skipped']} skipped")
     # 5: pytest selected no test. One part may be without any, the whole may not.
     broken = any(status not in (0, 5) for status in statuses)
-    return int(broken or failed > 0 or passed == 0)
+    if not clean:
+        print("run: the tests ran, but style or types are wrong: see the top, or ./run lint")
+    return int(not clean or broken or failed > 0 or passed == 0)
+
+
+def lint() -> bool:
+    """Whether style and types are as they should be; what is not is printed."""
+    started, clean = time.monotonic(), True
+    for command in (("ruff", "check"), ("ruff", "format", "--check"), ("mypy",)):
+        print(f"== {' '.join(command)}", flush=True)
+        tool = [str(VENV / "bin" / command[0]), *command[1:]]
+        clean &= subprocess.run(tool, cwd=ROOT, env=environment()).returncode == 0
+    report("style and types", started)
+    return clean
 
 
 def run_tests(
@@ -158,10 +179,12 @@ def run_tests(
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.xml")
-        command = [str(PYTHON), "-m", "pytest", f"--junitxml={result}", *arguments]
+        command = [str(PYTHON), "-m", "pytest", f"--junitxml={result}", *WORKERS, *arguments]
         if only:
             command += ["-m", " and ".join(only)]
-        status = subprocess.run(command, cwd=ROOT, env=environment(python_path)).returncode
+        # One thread a process: threads of several processes would wait for each other.
+        variables = environment(python_path) | {"OMP_NUM_THREADS": "1"}
+        status = subprocess.run(command, cwd=ROOT, env=variables).returncode
         if result.exists():
             for suite in xml.etree.ElementTree.parse(result).iter("testsuite"):
                 for key in counts:

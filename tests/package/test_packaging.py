@@ -21,7 +21,7 @@ STARTUP = {"a1_step35_patch.pth", "a1_step35_patch.start", "step35_patch_startup
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory):
-    return build_wheel(tmp_path_factory.getbasetemp())
+    return build_wheel(tmp_path_factory)
 
 
 def test_wheel_contents(wheel):

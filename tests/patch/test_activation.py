@@ -38,7 +38,7 @@ OURS, STOCK = {{"Step35DecoderLayer"}}, {{"TransformerLayer"}}
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory) -> Installed:
-    return wheel_environment(tmp_path_factory.getbasetemp())
+    return wheel_environment(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ The environment borrows the heavy dependencies (torch, Megatron-Core, ...) from 
 runs the tests, and nothing else: not the checkout, and not that interpreter's installed package.
 """
 
-import functools
 import importlib.util
 import os
 import shutil
@@ -12,6 +11,10 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+
+import pytest
+
+from support.once import once
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = ROOT / "step35_patch" / "data" / "step-3.5-flash.json"
@@ -104,21 +107,23 @@ def pip(installed: Installed, *arguments: object) -> str:
     return check_call(sys.executable, "-m", "pip", "--python", installed.python, *arguments)
 
 
-# Once a test run, whichever test module asks first.
-@functools.cache
-def build_wheel(base: Path) -> Path:
-    """The wheel, built from the source distribution, built from the checkout."""
-    folder = base / "build"
-    folder.mkdir()
-    build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist")
-    check_call(*build, copy_sources(folder))
-    (wheel,) = (folder / "dist").glob("*.whl")
+def build_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the source distribution, built from the checkout; once a test run."""
+
+    def make(folder: Path) -> None:
+        build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist")
+        check_call(*build, copy_sources(folder))
+
+    (wheel,) = (once(tmp_path_factory, "wheel", make) / "dist").glob("*.whl")
     return wheel
 
 
-@functools.cache
-def wheel_environment(base: Path) -> Installed:
-    """A virtual environment with the wheel, put there by pip."""
-    installed = new_environment(base / "environment")
-    pip(installed, "install", "--quiet", "--no-deps", "--no-index", build_wheel(base))
-    return installed
+def wheel_environment(tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """A virtual environment with the wheel, put there by pip; once a test run."""
+    wheel = build_wheel(tmp_path_factory)
+
+    def make(folder: Path) -> None:
+        installed = new_environment(folder / "environment")
+        pip(installed, "install", "--quiet", "--no-deps", "--no-index", wheel)
+
+    return Installed(once(tmp_path_factory, "environment", make) / "environment")

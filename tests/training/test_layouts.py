@@ -7,6 +7,7 @@ and gradient norms are those of the run with one process.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from support import layout_runs
 from support.layout_runs import (
     ITERATIONS,
     LAYOUTS,
+    Iteration,
     arguments,
     assert_same_training,
     checkpoint_tensors,
     iterations,
     run,
 )
+from support.once import once
 
 from step35_patch.convert import Options, convert_to_hf, convert_to_megatron
 
@@ -34,15 +37,26 @@ class Start:
     """The config, the checkpoint that all runs start from, and the run with one process."""
 
     def __init__(self, folder):
-        self.config = layout_runs.write_config(folder)
+        self.config = folder / "config.json"
         self.checkpoint = folder / "start"
+
+    def make(self) -> None:
+        layout_runs.write_config(self.config.parent)
         run(
             self.config,
             *arguments(iterations=2),
             *("--save", str(self.checkpoint), "--save-interval", "2"),
         )
-        self.expected = iterations(run(self.config, *arguments(), *self.load()))
+        self._log().write_text(run(self.config, *arguments(), *self.load()))
         assert sorted(self.expected) == list(range(1, ITERATIONS + 1))
+
+    def _log(self) -> Path:
+        return self.config.with_name("log")
+
+    @property
+    def expected(self) -> dict[int, Iteration]:
+        """What the run with one process logged."""
+        return iterations(self._log().read_text())
 
     def load(self) -> list[str]:
         """Arguments that start from the checkpoint's weights, at iteration 0."""
@@ -54,7 +68,7 @@ class Start:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    return Start(tmp_path_factory.mktemp("start"))
+    return Start(once(tmp_path_factory, "start", lambda folder: Start(folder).make()))
 
 
 @pytest.mark.parametrize(
