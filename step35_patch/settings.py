@@ -2,7 +2,7 @@
 
 `step35_patch.patch.activation` and Megatron's command line write it, everything else reads it. The
 config that STEP35_CONFIG names is read when somebody first asks for it, so that an interpreter's
-start stays cheap.
+start stays cheap; so are the named tuples here, which unlike dataclasses load nothing.
 """
 
 from __future__ import annotations
@@ -10,22 +10,21 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from step35_patch.config.model import Step35Config
+    from step35_patch.config.model import Step35Config, Window
 
-GATE_LAYOUTS = ("headwise", "expanded")
-WINDOWS = ("hf", "steptron")
+GateLayout = Literal["headwise", "expanded"]
+GATE_LAYOUTS: tuple[GateLayout, ...] = ("headwise", "expanded")
+WINDOWS: tuple[Window, ...] = ("hf", "steptron")
 
 
 class Step35ActivationError(ImportError):
     """Megatron-Core cannot be patched, or a STEP35_ variable is wrong. Says what to do."""
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """The process-wide model: what a Step-3.5 model is built from.
 
     Attributes:
@@ -36,13 +35,12 @@ class Settings:
     """
 
     config: Step35Config
-    gate_layout: str
-    window: str
+    gate_layout: GateLayout
+    window: Window
     source: str
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What `ask_for` was asked for.
 
     Attributes:
@@ -54,8 +52,8 @@ class Request:
     """
 
     enabled: bool = False
-    gate_layout: str = GATE_LAYOUTS[0]
-    window: str = WINDOWS[0]
+    gate_layout: GateLayout = GATE_LAYOUTS[0]
+    window: Window = WINDOWS[0]
     path: str | None = None
     settings: Settings | None = None
 
@@ -120,14 +118,18 @@ def active() -> Settings | None:
         with _lock:
             if _request.path is not None:  # no other thread was faster
                 settings = _settings(_request.path, _request)
-                _request = replace(_request, settings=settings, path=None)
+                _request = _request._replace(settings=settings, path=None)
     return _request.settings
 
 
-def _requested(config: Any, gate_layout: str | None, window: str | None) -> Request:
+def _requested(
+    config: str | os.PathLike[str] | Mapping[str, Any] | Step35Config | None,
+    gate_layout: str | None,
+    window: str | None,
+) -> Request:
     """The arguments of `ask_for`, checked, completed from the environment, and if given read."""
-    gate_layout = _choice("gate_layout", gate_layout, GATE_LAYOUTS)
-    window = _choice("window", window, WINDOWS)
+    asked_gate_layout = _choice("gate_layout", gate_layout, GATE_LAYOUTS)
+    asked_window = _choice("window", window, WINDOWS)
     try:
         for name in ("STEP35_PATCH", "STEP35_ALLOW_UNTESTED"):
             _choice(name, os.environ.get(name), ("0", "1"))
@@ -139,11 +141,11 @@ def _requested(config: Any, gate_layout: str | None, window: str | None) -> Requ
         raise Step35ActivationError(str(error)) from None
     request = Request(
         enabled=True,
-        gate_layout=gate_layout or default_gate_layout or GATE_LAYOUTS[0],
-        window=window or default_window or WINDOWS[0],
+        gate_layout=asked_gate_layout or default_gate_layout or GATE_LAYOUTS[0],
+        window=asked_window or default_window or WINDOWS[0],
     )
     if config is not None:
-        return replace(request, settings=_settings(config, request))
+        return request._replace(settings=_settings(config, request))
     if not (path := os.environ.get("STEP35_CONFIG")):
         return request
     if not os.path.exists(path):
@@ -152,19 +154,22 @@ def _requested(config: Any, gate_layout: str | None, window: str | None) -> Requ
             f"{path!r}, which does not exist. Correct it, or unset it to leave the patch inert."
         )
     # Absolute, because it is read later, perhaps in another working directory.
-    return replace(request, path=os.path.abspath(path))
+    return request._replace(path=os.path.abspath(path))
 
 
-def _choice(name: str, found: str | None, legal: tuple[str, ...]) -> str | None:
+def _choice[Choice: str](name: str, found: str | None, legal: tuple[Choice, ...]) -> Choice | None:
     """`found` if it is legal, None if it is None or empty."""
     if not found:
         return None
-    if found not in legal:
-        raise ValueError(f"{name}: expected {' or '.join(map(repr, legal))}, found {found!r}")
-    return found
+    for choice in legal:
+        if choice == found:
+            return choice
+    raise ValueError(f"{name}: expected {' or '.join(map(repr, legal))}, found {found!r}")
 
 
-def _settings(config: Any, request: Request) -> Settings:
+def _settings(
+    config: str | os.PathLike[str] | Mapping[str, Any] | Step35Config, request: Request
+) -> Settings:
     from step35_patch.config.model import Step35Config
 
     source = "<object>"

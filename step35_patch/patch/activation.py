@@ -1,9 +1,10 @@
 """Switches the package on and off: import hooks, refusals, and the report on them.
 
-Importing `step35_patch` calls `activate()`. For each module with targets (`step35_patch.patch.targets`)
-it leaves a wrapt post-import hook, or patches the module at once if it is imported already. The
-Hugging Face config named by STEP35_CONFIG is read when the first such module is imported, so that
-the interpreter's start stays cheap; without a config the wrappers pass their calls through.
+Importing `step35_patch` calls `activate()`. For each module with targets
+(`step35_patch.patch.targets`) it leaves a wrapt post-import hook, or patches the module at once if
+it is imported already. The Hugging Face config named by STEP35_CONFIG is read when the first such
+module is imported, so that the interpreter's start stays cheap; without a config the wrappers pass
+their calls through.
 
 A refusal (an untested Megatron-Core, a missing target, a broken config) is an exception out of the
 import of Megatron's module, and of each further attempt to import it: a program that catches the
@@ -11,11 +12,13 @@ first one must not go on unpatched. wrapt's hooks fire once, so a hook that rais
 out of sys.modules and registers itself again.
 """
 
+from __future__ import annotations
+
 import importlib
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +26,12 @@ from step35_patch import settings
 from step35_patch._version import __version__
 from step35_patch.patch.megatron_version import check_version, megatron_version
 from step35_patch.patch.notices import warn
-from step35_patch.patch.status import Status, TargetStatus
-from step35_patch.patch.targets import TARGETS, TESTED, Target
+from step35_patch.patch.targets import TARGETS, TESTED, Hook, Target
 from step35_patch.settings import Step35ActivationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from step35_patch.config.model import Step35Config
+    from step35_patch.patch.status import Status, TargetStatus
 
 # The module that site runs through a1_step35_patch.pth (or .start) when an interpreter starts.
 STARTUP_MODULE = "step35_patch_startup"
@@ -44,7 +45,7 @@ _refusals: dict[str, str] = {}  # module: why its last import was refused
 
 
 def activate(
-    config: "str | os.PathLike[str] | Mapping[str, Any] | Step35Config | None" = None,
+    config: str | os.PathLike[str] | Mapping[str, Any] | Step35Config | None = None,
     *,
     gate_layout: str | None = None,
     window: str | None = None,
@@ -74,18 +75,18 @@ def activate(
 
 
 def activate_on_import() -> None:
-    """`activate`, as the package's import calls it; says so if the interpreter's start should have."""
+    """What the package's import calls: `activate`, with a warning if the start-up file did not."""
     activate()
     if os.environ.get("STEP35_PATCH") == "1" and STARTUP_MODULE not in sys.modules:
         warn(
-            "STEP35_PATCH=1, but this interpreter started without a1_step35_patch.pth (python -S, an "
-            "embedded interpreter, or a package that is not installed): activated by this import "
-            "instead. Processes that never import step35_patch stay unpatched."
+            "STEP35_PATCH=1, but this interpreter started without a1_step35_patch.pth (python -S, "
+            "an embedded interpreter, or a package that is not installed): activated by this "
+            "import instead. Processes that never import step35_patch stay unpatched."
         )
 
 
 def deactivate() -> None:
-    """Put back every object that was replaced, everywhere. Modules imported later stay as they are."""
+    """Put back every object that was replaced; modules imported later stay as they are."""
     with _lock:
         settings.switch_off()
         _refusals.clear()
@@ -104,7 +105,12 @@ class _MegatronFinder:
     folders of a user's or of a virtual environment's packages before those of the system.
     """
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,
+        target: ModuleType | None = None,
+    ) -> None:
         if fullname == "megatron" and settings.enabled():
             _cover_targets()
 
@@ -187,8 +193,9 @@ def _wrap(module: ModuleType) -> None:
     patcher.install(module, _targets_of(module.__name__), _hook_of, settings.enabled)
 
 
-def _hook_of(target: Target) -> "Callable[..., Any]":
-    return getattr(importlib.import_module(_HOOKS), target.wrapper)
+def _hook_of(target: Target) -> Hook:
+    hook: Hook = getattr(importlib.import_module(_HOOKS), target.wrapper)
+    return hook
 
 
 def _check_targets(module: ModuleType, missing: list[Target]) -> None:
@@ -205,6 +212,8 @@ def _check_targets(module: ModuleType, missing: list[Target]) -> None:
 
 def status() -> Status:
     """What is patched in this process, what waits, and what was refused and why."""
+    from step35_patch.patch.status import Status
+
     with _lock:
         request = settings.request()
         state = "inert" if request.source is None else "active"
@@ -222,6 +231,7 @@ def status() -> Status:
 
 def _target_status(target: Target) -> TargetStatus:
     from step35_patch.patch import patcher
+    from step35_patch.patch.status import TargetStatus
 
     patch = patcher.patch_of(target)
     module = sys.modules.get(target.module)

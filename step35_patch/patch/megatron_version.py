@@ -16,7 +16,7 @@ def megatron_version() -> str | None:
 
 
 def is_tested(version: str) -> bool:
-    """Whether a Megatron-Core version is in the tested range (`step35_patch.patch.targets.TESTED`)."""
+    """Whether a Megatron-Core version is among the tested ones (`targets.TESTED`)."""
     from packaging.specifiers import SpecifierSet
     from packaging.version import InvalidVersion
 
@@ -41,7 +41,8 @@ def check_version(module: str) -> None:
     version = megatron_version()
     if version is not None and is_tested(version):
         return
-    problem = f"found Megatron-Core {version or 'of unknown version'}, step35_patch is tested with {TESTED}"
+    found = f"Megatron-Core {version or 'of unknown version'}"
+    problem = f"found {found}, step35_patch is tested with {TESTED}"
     if os.environ.get("STEP35_ALLOW_UNTESTED") == "1":
         warn(f"{problem}; going on, because STEP35_ALLOW_UNTESTED=1")
         return

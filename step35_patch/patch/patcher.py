@@ -1,4 +1,4 @@
-"""Puts wrappers in the place of Megatron's callables, finds the copies, and puts the originals back.
+"""Puts wrappers in the place of Megatron's callables, finds copies, and puts the originals back.
 
 A module that did ``from m import f`` before ``m.f`` was wrapped keeps the old ``f``. Such copies
 are found by identity in the globals of all imported modules, and so are, when the originals are
@@ -12,29 +12,29 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Self, SupportsIndex
 
 import wrapt
 
-from step35_patch.patch.targets import Target
+from step35_patch.patch.targets import Hook, Target
 
 _MISSING = object()
 
 
-class PatchedFunction(wrapt.FunctionWrapper):
+class PatchedFunction(wrapt.FunctionWrapper):  # type: ignore[type-arg]  # in wrapt's stubs only
     """A wrapt wrapper that copies and pickles as the function that it stands for does.
 
     wrapt refuses both. A plain function is copied as itself and pickled by its name, and
     Megatron's users keep builders in configs that are deep-copied.
     """
 
-    def __copy__(self) -> "PatchedFunction":
+    def __copy__(self) -> Self:
         return self
 
-    def __deepcopy__(self, memo: dict) -> "PatchedFunction":
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
-    def __reduce_ex__(self, protocol: int) -> str:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str:
         return self.__qualname__
 
 
@@ -76,7 +76,7 @@ def patch_of(target: Target) -> Patch | None:
 def install(
     module: ModuleType,
     targets: Iterable[Target],
-    hook_of: Callable[[Target], Callable[..., Any]],
+    hook_of: Callable[[Target], Hook],
     enabled: Callable[[], bool],
 ) -> None:
     """Wrap those of a module's targets that it defines, and rebind the copies of the originals.
@@ -88,11 +88,10 @@ def install(
     Args:
         module: The imported module.
         targets: The targets of that module.
-        hook_of: Gives a target's wrapt wrapper, (wrapped, instance, args, kwargs); asked when the
-            target is called, not before.
+        hook_of: Gives what stands around a target; asked when the target is called, not before.
         enabled: Asked at each call; while it says no, a wrapper passes the call through.
     """
-    put = []
+    put: list[Patch] = []
     for target in targets:
         owner, name, found = _find(module, target.attribute)
         if found is _MISSING:
@@ -131,8 +130,10 @@ def _find(module: ModuleType, attribute: str) -> tuple[Any, str, Any]:
     return owner, name, vars(owner).get(name, _MISSING)
 
 
-def _call_of(target: Target, hook_of: Callable[[Target], Callable[..., Any]]) -> Callable[..., Any]:
-    def call(wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+def _call_of(target: Target, hook_of: Callable[[Target], Hook]) -> Hook:
+    def call(
+        wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         return hook_of(target)(wrapped, instance, args, kwargs)
 
     return call

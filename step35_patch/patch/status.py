@@ -59,7 +59,8 @@ class Status:
         ]
         if self.state == "active":
             lines.append(
-                f"active: config {self.config}, gate layout {self.gate_layout}, window {self.window}"
+                f"active: config {self.config}, gate layout {self.gate_layout}, "
+                f"window {self.window}"
             )
         else:
             lines.append({"inert": "inert: no config is given", "off": "off"}[self.state])

@@ -1,22 +1,29 @@
-"""What is wrapped in Megatron-Core, and in which versions that was tested. Data only."""
+"""What is wrapped in Megatron-Core, and in which versions that was tested. Data only.
 
-from dataclasses import dataclass
+Read at every interpreter's start, so that a target is a named tuple, which loads nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 # Versions of Megatron-Core that this package's tests run with; any other one is refused unless
 # STEP35_ALLOW_UNTESTED=1 (a PEP 440 specifier).
 TESTED = ">=0.17,<0.20"
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+# What stands around a target: wrapt's (wrapped, instance, args, kwargs). It answers for `wrapped`,
+# whose result is whatever Megatron's function returns.
+Hook = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Target(NamedTuple):
     """A callable of Megatron's that is wrapped.
 
     Attributes:
         module: The module whose import brings it.
         attribute: Its name there; a method as "Class.method".
-        wrapper: The function of `step35_patch.patch.hooks` that wraps it (wrapt's signature: wrapped,
-            instance, args, kwargs).
-        required: Whether a Megatron-Core without it is refused. Otherwise it is reported as missing.
+        wrapper: The function of `step35_patch.patch.hooks` (a `Hook`) that wraps it.
+        required: Whether a Megatron-Core without it is refused; else it is reported as missing.
     """
 
     module: str
