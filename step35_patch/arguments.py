@@ -5,6 +5,7 @@ Both are plain lists of strings, ready for ``pretrain_gpt.py`` or any script on
 """
 
 from step35_patch.config.model import Step35Config
+from step35_patch.model.megatron_fields import decided_by
 
 # What Megatron needs to run without a GPU, under `step35_patch.cpu`: Megatron-Core's own modules
 # instead of Transformer Engine's, Gloo, weights drawn on the CPU, and no fused kernel.
@@ -51,43 +52,19 @@ def megatron_options(config: Step35Config) -> dict[str, str | None]:
     Returns:
         Each option's value, None for a flag.
     """
-    options: dict[str, object] = {
-        "--num-layers": config.num_hidden_layers,
-        "--hidden-size": config.hidden_size,
-        "--ffn-hidden-size": config.intermediate_size,
-        "--num-attention-heads": config.num_attention_heads,
-        "--group-query-attention": None,
-        "--num-query-groups": config.num_attention_groups,
-        "--kv-channels": config.head_dim,
-        "--qk-layernorm": None,
-        "--normalization": "RMSNorm",
-        "--norm-epsilon": config.rms_norm_eps,
-        "--apply-layernorm-1p": None,  # zero-centred: the weight's offset from 1
-        "--position-embedding-type": "rope",
-        "--max-position-embeddings": config.max_position_embeddings,
-        "--swiglu": None,
-        "--disable-bias-linear": None,
-        "--hidden-dropout": 0.0,  # Megatron's default is 0.1, for attention too
-        "--attention-dropout": 0.0,
-        "--untie-embeddings-and-output-weights": None,
-        "--vocab-size": config.vocab_size,
-        "--padded-vocab-size": config.vocab_size,
-    }
-    moe_layers = [int(plan.is_moe) for plan in config.layers[: config.num_hidden_layers]]
-    if any(moe_layers):
-        options |= {
-            "--num-experts": config.moe_num_experts,
-            "--moe-layer-freq": f"[{','.join(map(str, moe_layers))}]",
-            "--moe-ffn-hidden-size": config.moe_intermediate_size,
-            "--moe-shared-expert-intermediate-size": config.share_expert_dim,
-            "--moe-router-topk": config.moe_top_k,
-            "--moe-router-score-function": "sigmoid",
-            "--moe-router-enable-expert-bias": None,
-            "--moe-router-topk-scaling-factor": config.moe_router_scaling_factor,
-            "--moe-router-dtype": "fp32",
-            # The bias balances the experts; Megatron's default is an auxiliary loss.
-            "--moe-router-load-balancing-type": "none",
-        }
-    if config.num_nextn_predict_layers:
-        options["--mtp-num-layers"] = config.num_nextn_predict_layers
-    return {name: None if value is None else str(value) for name, value in options.items()}
+    options: dict[str, str | None] = {}
+    for row in decided_by(config):
+        if row.option is None:
+            continue
+        value = row.megatron_value(config)
+        if isinstance(value, bool):
+            options[row.option] = None
+        elif value is not None:
+            options[row.option] = _text(value)
+    return options
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return str(value)

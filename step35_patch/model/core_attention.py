@@ -23,22 +23,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from step35_patch.model.refused_options import Place, refused
 from step35_patch.model.windowed_attention import (
     attend_to_prefix,
     packed_windowed_attention,
     windowed_attention,
-)
-
-# What Megatron-Core's config can ask of a core attention and this one doesn't do: field, the value
-# to have, and why. apply_query_key_layer_scaling changes no result, but would have no effect.
-_REQUIRED_CONFIG = (
-    ("softmax_type", "vanilla", "Step-3.5 has no attention sink"),
-    ("apply_query_key_layer_scaling", False, "scores are scaled and summed in fp32 here"),
-    ("qk_clip", False, "the largest score is not recorded"),
-    ("log_max_attention_logit", False, "the largest score is not recorded"),
-    ("fp8_dot_product_attention", False, "attention runs in the dtype of its inputs"),
-    ("fp8_multi_head_attention", False, "attention runs in the dtype of its inputs"),
 )
 
 _NO_CONTEXT_PARALLELISM = (
@@ -64,8 +55,8 @@ class Step35DotProductAttention(MegatronModule):
         attention_type: "self".
         attention_dropout: share of probabilities dropped in training; None: the config's.
         softmax_scale: factor on the scores; None: kv_channels ** -0.5.
-        cp_comm_type: how context parallelism is to communicate. Whatever it says, keys and values of
-            all ranks are gathered here, which gives the same numbers.
+        cp_comm_type: how context parallelism is to communicate. Whatever it says, keys and values
+            of all ranks are gathered here, which gives the same numbers.
         pg_collection: process groups, of which `cp` and `tp` are used; None means the global ones.
 
     Raises:
@@ -98,11 +89,11 @@ class Step35DotProductAttention(MegatronModule):
         self.attention_dropout = (
             config.attention_dropout if attention_dropout is None else attention_dropout
         )
-        self.cp_group = getattr(pg_collection, "cp", None)
+        self.cp_group: ProcessGroup | None = getattr(pg_collection, "cp", None)
         if self.cp_group is None and config.context_parallel_size > 1:
             self.cp_group = parallel_state.get_context_parallel_group()
         # MegatronModule.sharded_state_dict looks for it, and else for the global groups.
-        if hasattr(pg_collection, "tp"):
+        if pg_collection is not None and hasattr(pg_collection, "tp"):
             self.tp_group = pg_collection.tp
 
     def forward(
@@ -122,7 +113,8 @@ class Step35DotProductAttention(MegatronModule):
 
         Args:
             query: [s, b, np, hn]; [t, np, hn] if the sequences are packed.
-            key, value: [s, b, ng, hn]; [t, ng, hn] if packed.
+            key: [s, b, ng, hn]; [t, ng, hn] if packed.
+            value: as key.
             attention_mask: bool [1 or b, 1, s, s] ([1, 1, t, t] if packed), True where masked, on
                 top of causality and window; or None.
             attn_mask_type: None means the module's.
@@ -170,7 +162,9 @@ class Step35DotProductAttention(MegatronModule):
                     dropout_p=dropout_p,
                 )
             if self.cp_group is not None and self.cp_group.size() > 1:
-                return self._context_parallel(query, key, value, attention_mask, dropout_p)
+                return self._context_parallel(
+                    query, key, value, attention_mask, dropout_p, self.cp_group
+                )
             return windowed_attention(
                 query,
                 key,
@@ -188,6 +182,7 @@ class Step35DotProductAttention(MegatronModule):
         value: Tensor,
         attention_mask: Tensor | None,
         dropout_p: float,
+        group: ProcessGroup,
     ) -> Tensor:
         if attention_mask is not None:
             raise ValueError(
@@ -195,16 +190,16 @@ class Step35DotProductAttention(MegatronModule):
                 f"parallelism, found a tensor {list(attention_mask.shape)}. "
                 f"{_NO_CONTEXT_PARALLELISM} (--no-create-attention-mask-in-dataloader)"
             )
-        rank, size = self.cp_group.rank(), self.cp_group.size()
+        rank, size = group.rank(), group.size()
         # Where in the ranks' order the chunks of the sequence's order stand.
         places = [2 * r for r in range(size)] + [2 * r + 1 for r in reversed(range(size))]
         # Its backward adds up what the ranks' queries send back, and deals it out again.
         gather = tensor_parallel.gather_from_sequence_parallel_region
-        by_rank = [gather(x, group=self.cp_group).chunk(2 * size) for x in (key, value)]
+        by_rank = [gather(x, group=group).chunk(2 * size) for x in (key, value)]
         key, value = (torch.cat([chunks[place] for place in places]) for chunks in by_rank)
         chunk = query.size(0) // 2
         outputs = []
-        for part, position in zip(query.chunk(2), (rank, 2 * size - 1 - rank)):
+        for part, position in zip(query.chunk(2), (rank, 2 * size - 1 - rank), strict=True):
             end = (position + 1) * chunk
             outputs.append(
                 attend_to_prefix(
@@ -223,8 +218,8 @@ class Step35DotProductAttention(MegatronModule):
             raise ValueError(
                 f"Layer {self.layer_number}: attn_mask_type: expected AttnMaskType.causal or "
                 f"padding_causal, found {mask_type}. Step-3.5 is causal; hide further keys with "
-                "attention_mask. (Generating with a KV cache, where Megatron-Core asks for no_mask, is "
-                "not supported.)"
+                "attention_mask. (Generating with a KV cache, where Megatron-Core asks for "
+                "no_mask, is not supported.)"
             )
 
     def _is_packed(self, params: PackedSeqParams | None) -> bool:
@@ -240,7 +235,7 @@ class Step35DotProductAttention(MegatronModule):
                 f"Layer {self.layer_number}: packed_seq_params.local_cp_size: expected None or 1, "
                 f"found {params.local_cp_size}. {_NO_CONTEXT_PARALLELISM}"
             )
-        packed = params.qkv_format == "thd"
+        packed: bool = params.qkv_format == "thd"
         if packed and self.cp_group is not None and self.cp_group.size() > 1:
             raise ValueError(
                 f"Layer {self.layer_number}: packed_seq_params.qkv_format: expected 'sbhd' under "
@@ -271,18 +266,18 @@ def _listed(tensor: Tensor | None) -> list[int] | None:
 
 
 def _check_config(config: TransformerConfig, layer_number: int) -> None:
-    for field, expected, reason in _REQUIRED_CONFIG:
-        found = getattr(config, field)
-        if found != expected:
-            raise ValueError(
-                f"Layer {layer_number}: {field}: expected {expected!r}, found {found!r}. It would "
-                f"have no effect in attention on torch: {reason}. Leave it at {expected!r}."
-            )
+    for row, found in refused(config, Place.TORCH_ATTENTION):
+        expected = row.legal[0]
+        raise ValueError(
+            f"Layer {layer_number}: {row.name}: expected {expected!r}, found {found!r}. It would "
+            f"have no effect in attention on torch: {row.reason}. Leave it at {expected!r}."
+        )
 
 
 def _window_left(config: TransformerConfig, layer_number: int) -> int | None:
     if config.window_size is None:
         return None
+    left: int
     left, right = config.window_size
     if right != 0 or left < 0:
         raise ValueError(

@@ -1,26 +1,25 @@
-"""What a Step-3.5 model carries besides Megatron-Core's TransformerConfig.
+"""The description of a Step-3.5 model, which Megatron-Core's TransformerConfig has no room for.
 
-A `Step35Runtime` is the validated Hugging Face config together with the two choices that the
-config does not make (gate layout and window convention). `runtime_for` answers the one question
-that every hook asks: is this TransformerConfig a Step-3.5 model's, and which one's?
+A `Step35Runtime` is that description: the validated Hugging Face config together with the two
+choices that the config does not make (gate layout and window convention). `runtime_for` answers
+the one question that every hook asks: is this TransformerConfig a Step-3.5 model's, and which
+one's?
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING, Protocol, Self
 
 from step35_patch import settings as process
 from step35_patch.config.layer_plan import LayerPlan
-from step35_patch.config.model import Step35Config
+from step35_patch.config.model import Step35Config, Window
+from step35_patch.model.megatron_fields import model_fields
+from step35_patch.settings import GateLayout, Settings
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from step35_patch.settings import Settings
 
 # TransformerConfig fields that any Step-3.5 config fixes. The first two decide whether a
 # TransformerConfig is meant to be this model at all; the others must then agree.
@@ -29,7 +28,7 @@ IDENTITY_FIELDS = ("num_layers", "hidden_size")
 
 @dataclass(frozen=True)
 class Step35Runtime:
-    """A Step-3.5 model: its config and the choices that go with it. Immutable and shared.
+    """What a Step-3.5 model is: its config and the choices that go with it. Immutable and shared.
 
     Args:
         config: the validated Hugging Face config.
@@ -39,15 +38,16 @@ class Step35Runtime:
     """
 
     config: Step35Config
-    gate_layout: str = "headwise"
-    window: str = "hf"
+    gate_layout: GateLayout = "headwise"
+    window: Window = "hf"
     source: str = field(default="<object>", compare=False)
     layers: tuple[LayerPlan, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.gate_layout not in ("headwise", "expanded"):
+        if self.gate_layout not in process.GATE_LAYOUTS:
             raise ValueError(
-                f"gate_layout: expected 'headwise' or 'expanded', found {self.gate_layout!r}"
+                f"gate_layout: expected {' or '.join(map(repr, process.GATE_LAYOUTS))}, found "
+                f"{self.gate_layout!r}"
             )
         if self.config.use_moe and self.config.moe_top_k == 1:
             raise ValueError(
@@ -56,7 +56,7 @@ class Step35Runtime:
             )
         object.__setattr__(self, "layers", self.config.resolve(self.window))
 
-    def __deepcopy__(self, memo: dict) -> Step35Runtime:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         # Megatron-Core deep-copies TransformerConfigs for each expert layer; this is immutable.
         return self
 
@@ -82,47 +82,30 @@ class Step35Runtime:
         return self.layers[index]
 
 
-def model_fields(config: Step35Config) -> dict[str, Any]:
-    """The TransformerConfig fields that a Step-3.5 config decides, by Megatron-Core's names.
+class LayerConfig(Protocol):
+    """What a layer's own TransformerConfig says of the layer (`step35_patch.model.layer`).
 
-    Heads, groups, window, RoPE and clamps vary by layer and are set on each layer's own copy
-    (`step35_patch.model.layer`); the values here are those of the full-attention layers, which is what
-    Megatron-Core's own reports and checks see.
+    It is a TransformerConfig with two more attributes; named here is what varies by layer.
+
+    Attributes:
+        step35: The model. The TransformerConfig of a whole model may have it too.
+        step35_layer: The layer's plan. The next fields, Megatron-Core's, are set from it.
+        num_attention_heads: Over all tensor-parallel ranks, as are the groups.
+        num_query_groups: Heads of keys and values.
+        kv_channels: Dimensions of a head.
+        window_size: (left, right), or None for full attention.
+        attention_output_gate: Whether there is a gate, of whichever layout.
+        use_te_activation_func: Whether the MLPs leave the activation to a module (`swiglu`).
     """
-    fields: dict[str, Any] = {
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "num_attention_heads": config.num_attention_heads,
-        "num_query_groups": config.num_attention_groups,
-        "kv_channels": config.head_dim,
-        "ffn_hidden_size": config.intermediate_size,
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config.rms_norm_eps,
-        "layernorm_zero_centered_gamma": True,
-        "qk_layernorm": True,
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
-        "mtp_num_layers": config.num_nextn_predict_layers or None,
-    }
-    moe_layers = [plan.is_moe for plan in config.layers[: config.num_hidden_layers]]
-    if any(moe_layers):
-        fields |= {
-            "num_moe_experts": config.moe_num_experts,
-            "moe_layer_freq": [int(moe) for moe in moe_layers],
-            "moe_ffn_hidden_size": config.moe_intermediate_size,
-            "moe_shared_expert_intermediate_size": config.share_expert_dim,
-            "moe_router_topk": config.moe_top_k,
-            "moe_router_score_function": "sigmoid",
-            "moe_router_enable_expert_bias": True,
-            "moe_router_dtype": "fp32",
-            "moe_router_topk_scaling_factor": config.moe_router_scaling_factor,
-            "moe_shared_expert_gate": False,
-        }
-    else:
-        fields["num_moe_experts"] = None
-    return fields
+
+    step35: Step35Runtime
+    step35_layer: LayerPlan
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    window_size: tuple[int, int] | None
+    attention_output_gate: bool
+    use_te_activation_func: bool
 
 
 def conflicts(config: TransformerConfig, step35: Step35Config) -> list[str]:
@@ -162,7 +145,8 @@ def runtime_for(config: TransformerConfig) -> Step35Runtime | None:
         ValueError: layers and hidden size are those of the active config but other fields
             contradict it; all of them are listed.
     """
-    if (runtime := getattr(config, "step35", None)) is not None:
+    runtime: Step35Runtime | None = getattr(config, "step35", None)
+    if runtime is not None:
         return runtime
     settings = process.active()
     if settings is None:

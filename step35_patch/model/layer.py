@@ -19,34 +19,8 @@ from megatron.core.transformer.transformer_layer import (
 from megatron.core.utils import get_pg_rank
 
 from step35_patch.config.layer_plan import LayerPlan
-from step35_patch.model.description import Step35Runtime, runtime_for
-
-# Options of Megatron-Core that would compute something else than Step-3.5 does, or skip the
-# layer's own RoPE, window, gate or clamp without a word: field, the only legal value.
-_FIXED_OPTIONS = {
-    "window_size": None,
-    "window_attn_skip_freq": None,
-    "no_rope_freq": None,
-    "rotary_interleaved": False,
-    "multi_latent_attention": False,
-    "qk_l2_norm": False,
-    "qk_clip": False,
-    "flash_decode": False,
-    "fused_single_qkv_rope": False,
-    "activation_func_clamp_value": None,
-    "glu_linear_offset": 0.0,
-    "use_transformer_engine_op_fuser": False,
-    "moe_mlp_glu_interleave_size": None,
-    "moe_apply_probs_on_input": False,
-    "moe_latent_size": None,
-    "mtp_use_repeated_layer": False,
-    "experimental_attention_variant": None,
-    "heterogeneous_block_specs": False,
-    "softmax_type": "vanilla",
-    "apply_residual_connection_post_layernorm": False,
-    "fp32_residual_connection": False,
-    "use_mup": False,
-}
+from step35_patch.model.description import LayerConfig, Step35Runtime, runtime_for
+from step35_patch.model.refused_options import Place, refused
 
 
 def check_options(config: TransformerConfig) -> None:
@@ -55,9 +29,8 @@ def check_options(config: TransformerConfig) -> None:
     Options that this Megatron-Core does not have cannot be set and are passed over.
     """
     lines = [
-        f"{name}: expected {expected!r}, found {getattr(config, name)!r}"
-        for name, expected in _FIXED_OPTIONS.items()
-        if hasattr(config, name) and getattr(config, name) != expected
+        f"{row.name}: expected {row.legal[0]!r}, found {found!r}; {row.reason}"
+        for row, found in refused(config, Place.CONFIG)
     ]
     groups = config.num_query_groups
     if groups % config.tensor_model_parallel_size:
@@ -72,15 +45,12 @@ def check_options(config: TransformerConfig) -> None:
         )
 
 
-def layer_config(
-    config: TransformerConfig, runtime: Step35Runtime, plan: LayerPlan
-) -> TransformerConfig:
+def layer_config(config: TransformerConfig, runtime: Step35Runtime, plan: LayerPlan) -> LayerConfig:
     """A copy of the model's config for the layer of `plan`; `config` itself stays as it is.
 
-    The copy has, besides the fields set below, `step35` (the runtime) and `step35_layer` (the
-    plan). It is shallow: callables and process-wide objects in it are the model's own.
+    It is a shallow TransformerConfig: callables and process-wide objects in it are the model's own.
     """
-    own = copy.copy(config)
+    own: LayerConfig = copy.copy(config)
     own.step35 = runtime
     own.step35_layer = plan
     own.num_attention_heads = plan.num_attention_heads
@@ -114,6 +84,8 @@ class Step35DecoderLayer(TransformerLayer):
         ValueError: the config is no Step-3.5 config, or has options that don't go with it.
         IndexError: the layer's index is outside the config's layers.
     """
+
+    config: LayerConfig
 
     def __init__(
         self,

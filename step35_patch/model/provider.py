@@ -12,24 +12,16 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from step35_patch import settings as process
-from step35_patch.config.model import Step35Config
-from step35_patch.model.description import Step35Runtime, check, model_fields
-
-# Provider field: the Hugging Face field that it stands for. (TransformerConfig's own fields are
-# held against the config by runtime.check.)
-_SEED_FIELDS = {
-    "layer_types": "layer_types",
-    "attention_other_setting": "attention_other_setting",
-    "rotary_base_per_layer": "rope_theta",
-    "partial_rotary_factors": "partial_rotary_factors",
-    "rope_scaling": "rope_scaling",
-    "yarn_only_types": "yarn_only_types",
-    "swiglu_limits": "swiglu_limits",
-    "swiglu_limits_shared": "swiglu_limits_shared",
-    "head_wise_attn_gate": "use_head_wise_attn_gate",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position_embeddings",
-}
+from step35_patch.config.model import Step35Config, Window
+from step35_patch.model.description import Step35Runtime, check
+from step35_patch.model.megatron_fields import (
+    DEFAULTS,
+    FIELDS,
+    hf_fields,
+    model_fields,
+    provider_fields,
+)
+from step35_patch.settings import GateLayout
 
 
 @dataclass
@@ -70,13 +62,13 @@ class Step35ModelProvider(TransformerConfig):
     head_wise_attn_gate: bool = True
     vocab_size: int = 0
     max_position_embeddings: int = 0
-    gate_layout: str = "headwise"
-    window: str = "hf"
+    gate_layout: GateLayout = "headwise"
+    window: Window = "hf"
     parallel_output: bool = True
     hf_config: Step35Config | None = None
 
     @classmethod
-    def from_hf(cls, path: str | PathLike, **overrides: Any) -> Step35ModelProvider:
+    def from_hf(cls, path: str | PathLike[str], **overrides: Any) -> Step35ModelProvider:
         """The provider of a Hugging Face config.
 
         Args:
@@ -89,74 +81,49 @@ class Step35ModelProvider(TransformerConfig):
             Step35ConfigError: the file is not a legal Step-3.5 config.
         """
         config = Step35Config.from_pretrained(path)
-        document = config.to_dict()
-        seeds = {
-            name: document[hf_name]
-            for name, hf_name in _SEED_FIELDS.items()
-            if document.get(hf_name) is not None
-        }
-        if config.sliding_window is not None:
-            seeds["sliding_attention_setting"] = {"sliding_window": config.sliding_window}
-        defaults = {
-            "transformer_impl": "transformer_engine" if HAVE_TE else "local",
-            "moe_router_load_balancing_type": "none",
-            # Megatron-Core's defaults are 0.1.
-            "hidden_dropout": 0.0,
-            "attention_dropout": 0.0,
-        }
-        return cls(hf_config=config, **(defaults | model_fields(config) | seeds | overrides))
+        return cls(
+            hf_config=config,
+            **{
+                "transformer_impl": "transformer_engine" if HAVE_TE else "local",
+                **DEFAULTS,
+                **model_fields(config),
+                **provider_fields(config),
+                **overrides,
+            },
+        )
 
     def __post_init__(self) -> None:
         if self.hf_config is None:
-            self.hf_config = Step35Config.from_dict(self._hf_document())
+            self.hf_config = self._described_config()
             for name, value in model_fields(self.hf_config).items():
                 setattr(self, name, value)
         self.hetereogenous_dist_checkpoint = True
         super().__post_init__()
-        self._check_seeds()
+        self._check_provider_fields(self.hf_config)
         check(self, self.hf_config, "hf_config")
         self.step35 = Step35Runtime(self.hf_config, self.gate_layout, self.window)
 
-    def _hf_document(self) -> dict[str, Any]:
+    def _described_config(self) -> Step35Config:
         """The Hugging Face config that the fields describe."""
-        document = {hf: getattr(self, name) for name, hf in _SEED_FIELDS.items()}
-        document |= {
+        document = hf_fields(self) | {
             "model_type": "step3p5",
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.ffn_hidden_size,
-            "num_hidden_layers": self.num_layers,
-            "num_nextn_predict_layers": self.mtp_num_layers or 0,
-            "num_attention_heads": self.num_attention_heads,
-            "num_attention_groups": self.num_query_groups,
-            "head_dim": self.kv_channels,
-            "rms_norm_eps": self.layernorm_epsilon,
-            "sliding_window": (self.sliding_attention_setting or {}).get("sliding_window"),
-            "use_moe": self.num_moe_experts is not None,
             "torch_dtype": str(self.params_dtype).removeprefix("torch."),
         }
-        if self.num_moe_experts is not None:
-            frequency = self.moe_layer_freq
-            document |= {
-                "moe_layers_enum": [
-                    layer
-                    for layer in range(self.num_layers)
-                    if (layer % frequency == 0 if isinstance(frequency, int) else frequency[layer])
-                ],
-                "moe_num_experts": self.num_moe_experts,
-                "moe_top_k": self.moe_router_topk,
-                "moe_intermediate_size": self.moe_ffn_hidden_size,
-                "share_expert_dim": self.moe_shared_expert_intermediate_size,
-                "moe_router_scaling_factor": self.moe_router_topk_scaling_factor,
-            }
-        return {name: value for name, value in document.items() if value is not None}
+        return Step35Config.from_dict(
+            {name: value for name, value in document.items() if value is not None}
+        )
 
-    def _check_seeds(self) -> None:
-        document = self.hf_config.to_dict()
+    def _check_provider_fields(self, config: Step35Config) -> None:
+        document, found = config.to_dict(), hf_fields(self)
         lines = [
-            f"{name}: the config has {document.get(hf)!r}, found {getattr(self, name)!r}"
-            for name, hf in _SEED_FIELDS.items()
-            if getattr(self, name)
-            != document.get(hf, type(self).__dataclass_fields__[name].default)
+            f"{row.megatron}: the config has {document.get(row.hf)!r}, found "
+            f"{getattr(self, row.megatron)!r}"
+            for row in FIELDS
+            if row.of_provider
+            and row.hf is not None
+            and row.megatron is not None
+            and found[row.hf]
+            != document.get(row.hf, type(self).__dataclass_fields__[row.megatron].default)
         ]
         if lines:
             raise ValueError("fields that contradict hf_config:\n  " + "\n  ".join(lines))
@@ -213,5 +180,5 @@ class Step35ModelProvider(TransformerConfig):
 
     def _padded_vocab_size(self) -> int:
         """vocab_size, rounded up to a multiple of the tensor-parallel size."""
-        size = self.tensor_model_parallel_size
+        size: int = self.tensor_model_parallel_size
         return -(-self.vocab_size // size) * size

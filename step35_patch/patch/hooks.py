@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.models.gpt import gpt_layer_specs
@@ -22,17 +23,22 @@ from step35_patch.costs import megatron_reports as reports
 from step35_patch.model import mtp
 from step35_patch.model.description import Step35Runtime, check, from_settings, runtime_for
 from step35_patch.model.specs import decoder_layer_spec, mtp_layer_spec, step35_norm
-from step35_patch.patch import parse_args as training_arguments
 from step35_patch.patch.agreement import check_checkpoint, check_ranks_agree
 from step35_patch.patch.built_model import announce, check_model
+from step35_patch.patch.parse_args import parse
+
+# What wrapt hands over (`step35_patch.patch.targets.Hook`).
+Wrapped = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
-def _bind(wrapped, args, kwargs) -> dict[str, Any]:
+def _bind(wrapped: Wrapped, args: Args, kwargs: Kwargs) -> dict[str, Any]:
     """The call's arguments by name, defaults left out."""
     return inspect.signature(wrapped).bind(*args, **kwargs).arguments
 
 
-def get_gpt_decoder_layer_specs(wrapped, instance, args, kwargs):
+def get_gpt_decoder_layer_specs(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """Specs of all decoder layers: list[ModuleSpec], by layer."""
     specs = wrapped(*args, **kwargs)
     runtime = runtime_for(_bind(wrapped, args, kwargs)["config"])
@@ -41,7 +47,7 @@ def get_gpt_decoder_layer_specs(wrapped, instance, args, kwargs):
     return [decoder_layer_spec(spec, runtime) for spec in specs]
 
 
-def get_gpt_decoder_block_spec(wrapped, instance, args, kwargs):
+def get_gpt_decoder_block_spec(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """Specs of this pipeline stage's decoder layers and the final norm."""
     block = wrapped(*args, **kwargs)
     runtime = runtime_for(_bind(wrapped, args, kwargs)["config"])
@@ -56,7 +62,9 @@ def _block(block: Any, runtime: Step35Runtime) -> Any:
     )
 
 
-def get_gpt_mtp_block_spec_for_backend(wrapped, instance, args, kwargs):
+def get_gpt_mtp_block_spec_for_backend(
+    wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+) -> Any:
     """Specs of the MTP layers, or None on a stage without them.
 
     The spec that comes in (the last decoder layer's, here MoE; or a stock one when the last stage
@@ -86,13 +94,16 @@ def get_gpt_mtp_block_spec_for_backend(wrapped, instance, args, kwargs):
     )
 
 
-def gpt_model_init(wrapped, instance, args, kwargs):
-    """GPTModel.__init__: specs of whatever origin become Step-3.5's, the MTP layers get their
-    output matrices, and the finished model is checked."""
+def gpt_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """GPTModel.__init__: what it builds is a Step-3.5 model, which is then checked.
+
+    Specs of whatever origin become Step-3.5's, and the MTP layers get their output matrices.
+    """
     call = _bind(wrapped, args, kwargs)
     runtime = runtime_for(call["config"])
     if runtime is None:
-        return wrapped(*args, **kwargs)
+        wrapped(*args, **kwargs)
+        return
     _check_model_arguments(call, runtime)
     call["transformer_layer_spec"] = _layer_specs(call, runtime)
     # Each layer has its own RoPE: the model-wide table would be made and never be used.
@@ -141,7 +152,7 @@ def _check_model_arguments(call: dict[str, Any], runtime: Step35Runtime) -> None
         raise ValueError("GPTModel of Step-3.5:\n  " + "\n  ".join(lines))
 
 
-def process_mtp_loss(wrapped, instance, args, kwargs):
+def process_mtp_loss(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """The MTP losses, each from its own output matrix."""
     call = _bind(wrapped, args, kwargs)
     if runtime_for(call["config"]) is None:
@@ -151,19 +162,19 @@ def process_mtp_loss(wrapped, instance, args, kwargs):
     return wrapped(**call)
 
 
-def parse_args(wrapped, instance, args, kwargs):
+def parse_args(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """Megatron's arguments, with the package's own and the model's shape."""
-    return training_arguments.parse(wrapped, _bind(wrapped, args, kwargs))
+    return parse(wrapped, _bind(wrapped, args, kwargs))
 
 
-def initialize_megatron(wrapped, instance, args, kwargs):
+def initialize_megatron(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """Megatron's start, at whose end the ranks know each other and nothing is built yet."""
     result = wrapped(*args, **kwargs)
     check_ranks_agree()
     return result
 
 
-def load_base_checkpoint(wrapped, instance, args, kwargs):
+def load_base_checkpoint(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """A checkpoint's state; first of all, before any tensor, its arguments are read here."""
     result = wrapped(*args, **kwargs)
     state, name = result[0], result[1]
@@ -172,7 +183,7 @@ def load_base_checkpoint(wrapped, instance, args, kwargs):
     return result
 
 
-def _reported(wrapped, args, kwargs, report):
+def _reported(wrapped: Wrapped, args: Args, kwargs: Kwargs, report: Callable[..., Any]) -> Any:
     """Megatron's number, or for a run of a Step-3.5 model that of `report`."""
     settings = process.active()
     if settings is None:
@@ -180,27 +191,35 @@ def _reported(wrapped, args, kwargs, report):
     return report(from_settings(settings), **_bind(wrapped, args, kwargs))
 
 
-def num_floating_point_operations(wrapped, instance, args, kwargs):
+def num_floating_point_operations(
+    wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+) -> Any:
     """Operations of a batch, from which Megatron prints TFLOP/s."""
     return _reported(wrapped, args, kwargs, reports.num_floating_point_operations)
 
 
-def compute_weight_and_optimizer_memory(wrapped, instance, args, kwargs):
+def compute_weight_and_optimizer_memory(
+    wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+) -> Any:
     """The first part of Megatron's theoretical memory report."""
     return _reported(wrapped, args, kwargs, reports.compute_weight_and_optimizer_memory)
 
 
-def compute_activation_memory(wrapped, instance, args, kwargs):
+def compute_activation_memory(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """The second part of it."""
     return _reported(wrapped, args, kwargs, reports.compute_activation_memory)
 
 
-def compute_activation_memory_without_sp(wrapped, instance, args, kwargs):
+def compute_activation_memory_without_sp(
+    wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+) -> Any:
     """The same: Megatron also calls it for runs with sequence parallelism."""
     return _reported(wrapped, args, kwargs, reports.compute_activation_memory)
 
 
-def core_transformer_config_from_args(wrapped, instance, args, kwargs):
+def core_transformer_config_from_args(
+    wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+) -> Any:
     """The TransformerConfig of Megatron's arguments, which have to describe the active config."""
     config = wrapped(*args, **kwargs)
     settings = process.active()

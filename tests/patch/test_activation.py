@@ -19,7 +19,7 @@ PUBLISHED = {str(PUBLISHED)!r}
 def config_of(step35):
     from megatron.core.transformer.transformer_config import TransformerConfig
     from step35_patch import Step35Config
-    from step35_patch.model.description import model_fields
+    from step35_patch.model.megatron_fields import model_fields
     if step35:
         return TransformerConfig(**model_fields(Step35Config.from_pretrained(PUBLISHED)))
     return TransformerConfig(

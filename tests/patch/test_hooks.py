@@ -19,7 +19,7 @@ from support.reference import (
 import step35_patch
 from step35_patch import Step35Config, Step35DecoderLayer, Step35ModelProvider
 from step35_patch.checkpoint import load_hf_weights
-from step35_patch.model.description import model_fields
+from step35_patch.model.megatron_fields import model_fields
 from step35_patch.model.swiglu import ClampedSwiGLU
 
 pytestmark = pytest.mark.megatron

@@ -1,0 +1,131 @@
+"""Options of Megatron-Core that a Step-3.5 model cannot be built with, and why: one table.
+
+Each would compute something else than Step-3.5 does, or skip the layer's own RoPE, window, gate or
+clamp without a word. Three places read it: the arguments (`step35_patch.patch.arguments`), each
+layer's TransformerConfig (`step35_patch.model.layer`), and the core attention on torch
+(`step35_patch.model.core_attention`). No torch is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Flag, auto
+from typing import Any
+
+
+class Place(Flag):
+    """Where an option is refused."""
+
+    ARGUMENT = auto()  # on the command line
+    CONFIG = auto()  # in the TransformerConfig of a layer
+    TORCH_ATTENTION = auto()  # in that of `Step35DotProductAttention`, whatever layer it is in
+
+
+BOTH = Place.ARGUMENT | Place.CONFIG
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedOption:
+    """An option with its legal values.
+
+    Attributes:
+        name: The field of TransformerConfig, which is also the attribute of the parsed arguments
+            and, with dashes, the option. One that a Megatron-Core lacks cannot be set.
+        legal: Its legal values, first the one to have.
+        reason: Why others are refused, in a few words.
+        places: Where it is refused: not on the command line if there is no such argument, not in
+            the TransformerConfig if it is no field there, or one that other code answers for.
+    """
+
+    name: str
+    legal: tuple[object, ...]
+    reason: str
+    places: Place = BOTH
+
+    @property
+    def option(self) -> str:
+        """On the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+
+_BY_LAYER = "layers of Step-3.5 differ and take this from the config"
+_OWN_ROPE = "it would bypass the layers' own RoPE"
+_OWN_LAYERS = "it would build other layers than Step-3.5's"
+_CUDA_GRAPHS = "the layers are not tested with CUDA graphs"
+_NO_LIMIT = "the clamps are each layer's own, after the activation, and take this from the config"
+_LARGEST_SCORE = "Step-3.5 layers do not record the largest score"
+_INPUT_DTYPE = "attention runs in the dtype of its inputs"
+
+_ARGUMENT, _CONFIG, _TORCH = Place.ARGUMENT, Place.CONFIG, Place.TORCH_ATTENTION
+
+REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
+    RefusedOption("use_rope_scaling", (False,), _BY_LAYER, _ARGUMENT),
+    RefusedOption("rotary_seq_len_interpolation_factor", (None,), _BY_LAYER, _ARGUMENT),
+    RefusedOption("rotary_interleaved", (False,), "Step-3.5 rotates halves, not pairs"),
+    RefusedOption("no_rope_freq", (None,), "every layer has RoPE"),
+    RefusedOption("window_size", (None,), _BY_LAYER),
+    RefusedOption("window_attn_skip_freq", (None,), _BY_LAYER),
+    # The layer sets the field itself.
+    RefusedOption("attention_output_gate", (False,), _BY_LAYER, _ARGUMENT),
+    RefusedOption("softmax_type", ("vanilla",), "Step-3.5 has no attention sink", BOTH | _TORCH),
+    RefusedOption("qk_l2_norm", (False,), "q and k have RMSNorm's weights"),
+    RefusedOption("qk_clip", (False,), _LARGEST_SCORE, BOTH | _TORCH),
+    RefusedOption("activation_func_clamp_value", (None,), _NO_LIMIT),
+    RefusedOption("glu_linear_offset", (0.0,), "Step-3.5's SwiGLU has none"),
+    RefusedOption("multi_latent_attention", (False,), _OWN_LAYERS),
+    RefusedOption("experimental_attention_variant", (None,), _OWN_LAYERS),
+    RefusedOption("heterogeneous_layers_config_path", (None,), _OWN_LAYERS, _ARGUMENT),
+    RefusedOption("heterogeneous_layers_config_encoded_json", (None,), _OWN_LAYERS, _ARGUMENT),
+    # What the two arguments before it set.
+    RefusedOption("heterogeneous_block_specs", (False,), _OWN_LAYERS, _CONFIG),
+    RefusedOption("spec", (None,), _OWN_LAYERS, _ARGUMENT),
+    RefusedOption("flash_decode", (False,), _OWN_ROPE),
+    RefusedOption("cuda_graph_impl", ("none", None), _CUDA_GRAPHS, _ARGUMENT),
+    RefusedOption("external_cuda_graph", (False,), _CUDA_GRAPHS, _ARGUMENT),
+    RefusedOption("enable_cuda_graph", (False,), _CUDA_GRAPHS, _ARGUMENT),
+    RefusedOption("use_kitchen", (False,), _OWN_LAYERS, _ARGUMENT),
+    RefusedOption(
+        "use_transformer_engine_op_fuser", (False,), "it would bypass the layers' own clamps"
+    ),
+    RefusedOption("fused_single_qkv_rope", (False,), "it does not know the gate"),
+    RefusedOption("mtp_use_repeated_layer", (False,), "each MTP layer has its own weights"),
+    # In the TransformerConfig it is one of `megatron_fields.FIELDS`.
+    RefusedOption("moe_shared_expert_gate", (False,), "Step-3.5 has no such gate", _ARGUMENT),
+    RefusedOption("moe_latent_size", (None,), "Step-3.5's experts have the hidden size"),
+    RefusedOption(
+        "moe_apply_probs_on_input", (False,), "Step-3.5 weights what comes out of its experts"
+    ),
+    RefusedOption("moe_mlp_glu_interleave_size", (None,), "gate and up are not interleaved"),
+    RefusedOption("fp32_residual_connection", (False,), "Step-3.5 adds in the layers' dtype"),
+    RefusedOption(
+        "apply_residual_connection_post_layernorm",
+        (False,),
+        "the residual is taken before the norm",
+    ),
+    RefusedOption("use_mup", (False,), "it scales layers by their width, and Step-3.5 does not"),
+    # It changes no result, but would have no effect.
+    RefusedOption(
+        "apply_query_key_layer_scaling",
+        (False,),
+        "scores are scaled and summed in fp32 here",
+        _TORCH,
+    ),
+    RefusedOption("log_max_attention_logit", (False,), _LARGEST_SCORE, _TORCH),
+    RefusedOption("fp8_dot_product_attention", (False,), _INPUT_DTYPE, _TORCH),
+    RefusedOption("fp8_multi_head_attention", (False,), _INPUT_DTYPE, _TORCH),
+)
+
+
+def refused(settings: Any, place: Place) -> Iterator[tuple[RefusedOption, object]]:
+    """Each option that is set to another value than a legal one, and that value.
+
+    Args:
+        settings: A TransformerConfig, or for `Place.ARGUMENT` the parsed arguments.
+        place: Which of the two, and for which of their readers.
+    """
+    for row in REFUSED_OPTIONS:
+        if place in row.places:
+            found = getattr(settings, row.name, row.legal[0])
+            if found not in row.legal:
+                yield row, found

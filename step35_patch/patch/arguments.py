@@ -1,0 +1,147 @@
+"""Megatron's parsed arguments held against a Step-3.5 config: filled in, and what cannot work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from step35_patch.arguments import megatron_options
+from step35_patch.config.model import Step35Config
+from step35_patch.model.megatron_fields import FIELDS
+from step35_patch.model.refused_options import Place, refused
+
+# Options of `megatron_options` that are a user's to choose: an explicit value wins.
+_CHOICES = {row.option for row in FIELDS if row.is_default}
+
+
+class _Given(argparse.Namespace):
+    """A namespace in which argparse leaves only what stands on the command line.
+
+    argparse sets a default where an attribute is missing; here none is.
+    """
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):  # argparse's own
+            raise AttributeError(name)
+        return None
+
+
+def given_on(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+    """The arguments that stand on a command line, by their names, without any default."""
+    return vars(parser.parse_known_args(words, namespace=_Given())[0])
+
+
+def fill_in(
+    args: Any, given: dict[str, Any], config: Step35Config, parser: argparse.ArgumentParser
+) -> list[str]:
+    """Set the shape arguments that the user left out.
+
+    Args:
+        args: the parsed arguments, changed in place.
+        given: those of them that stood on the command line.
+        config: the model.
+        parser: Megatron's, which turns the options' strings into values.
+
+    Returns:
+        A line for each given argument that contradicts the config.
+    """
+    problems = []
+    for option, value in megatron_options(config).items():
+        tokens = [option] if value is None else [option, value]
+        [(name, wanted)] = given_on(parser, tokens).items()
+        if name == "padded_vocab_size" and "make_vocab_size_divisible_by" in given:
+            continue  # Megatron is asked to pad by itself
+        if name not in given:
+            setattr(args, name, wanted)
+        elif option in _CHOICES or given[name] == wanted:
+            continue
+        elif name == "mtp_num_layers" and given[name] and 0 < given[name] < wanted:
+            continue  # fewer MTP layers are trained; the others stay as they are
+        else:
+            problems.append(f"{option}: the config needs {wanted}, found {given[name]}")
+    full = next((p for p in config.layers if p.window_size is None), config.layers[0])
+    for name, wanted in {
+        "rotary_base": full.rotary_base,
+        "rotary_percent": full.rotary_percent,
+    }.items():
+        # Without effect: each layer has its own. Right of the full layers, they may stay.
+        if name in given and given[name] != wanted:
+            problems.append(
+                f"--{name.replace('_', '-')}: the config needs {wanted:g} (of the full-attention "
+                f"layers), found {given[name]:g}; leave it out, each layer has its own"
+            )
+    return problems
+
+
+def layout_problems(args: Any, config: Step35Config) -> list[str]:
+    """A line for each argument that can't work with the model, with the way out.
+
+    Args:
+        args: parsed, not necessarily validated arguments of Megatron.
+        config: the model.
+    """
+    problems = [
+        f"{row.option}: expected {row.legal[0]}, found {found}; {row.reason}: leave it out"
+        for row, found in refused(args, Place.ARGUMENT)
+    ]
+    if args.transformer_impl == "inference_optimized":
+        problems.append(
+            "--transformer-impl: expected transformer_engine or local, found inference_optimized; "
+            "Step-3.5 layers train and evaluate only"
+        )
+    problems += _parallel_size_problems(args, config)
+    if args.context_parallel_size > 1:
+        problems += _context_parallel_problems(args, config)
+    return problems
+
+
+def _parallel_size_problems(args: Any, config: Step35Config) -> list[str]:
+    problems = []
+    tp, ep = args.tensor_model_parallel_size, args.expert_model_parallel_size
+    groups = config.num_attention_groups
+    if groups % tp:
+        problems.append(
+            f"--tensor-model-parallel-size: expected a divisor of num_attention_groups={groups}, "
+            f"found {tp}; use fewer, and --expert-model-parallel-size or "
+            "--pipeline-model-parallel-size for more GPUs"
+        )
+    if args.padded_vocab_size is not None and args.padded_vocab_size % tp:
+        problems.append(
+            f"--padded-vocab-size: expected a multiple of --tensor-model-parallel-size {tp}, found "
+            f"{args.padded_vocab_size}; the config's vocab_size is {config.vocab_size}, a larger "
+            "padded size is fine"
+        )
+    if ep > 1 and (not config.use_moe or config.moe_num_experts % ep):
+        problems.append(
+            f"--expert-model-parallel-size: expected a divisor of moe_num_experts="
+            f"{config.moe_num_experts}, found {ep}"
+        )
+    return problems
+
+
+def _context_parallel_problems(args: Any, config: Step35Config) -> list[str]:
+    problems = []
+    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+    groups = config.num_attention_groups
+    has_mask = getattr(args, "create_attention_mask_in_dataloader", False)
+    if args.transformer_impl == "local" and has_mask:
+        problems.append(
+            "--context-parallel-size: with --transformer-impl local, expected "
+            "--no-create-attention-mask-in-dataloader too; attention is causal without it"
+        )
+    has_window = any(plan.window_size is not None for plan in config.layers)
+    if args.transformer_impl == "transformer_engine" and has_window:
+        kinds = args.cp_comm_type or ["p2p"]
+        if wrong := [kind for kind in kinds if kind not in ("a2a", "all_gather")]:
+            problems.append(
+                f"--cp-comm-type: expected a2a or all_gather, with which Transformer Engine knows "
+                f"sliding windows, found {' '.join(wrong)}"
+            )
+        elif "a2a" in kinds and groups % (tp * cp):
+            problems.append(
+                f"--context-parallel-size: with --cp-comm-type a2a, expected that "
+                f"num_attention_groups={groups} can be divided by tensor x context parallel size, "
+                f"found {tp} x {cp}; use --cp-comm-type all_gather"
+            )
+    return problems
