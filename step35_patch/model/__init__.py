@@ -1,1 +1,1 @@
-"""What is built: Megatron-Core's layer with the numbers of its own layer, and the model around it."""
+"""What is built: Megatron-Core's layer with its own layer's numbers, and the model around it."""

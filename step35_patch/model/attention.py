@@ -19,17 +19,28 @@ tensor-parallel rank, hn channels a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from step35_patch.model.description import LayerConfig
 from step35_patch.model.rope import rotary_pos_emb
 from step35_patch.tensors.qkv import refuse_drift
 
 
-def build_headwise_qkv(linear, input_size: int, output_size: int, /, *, config, **kwargs):
+def build_headwise_qkv(
+    linear: Callable[..., torch.nn.Module],
+    input_size: int,
+    output_size: int,
+    /,
+    *,
+    config: LayerConfig,
+    **kwargs: Any,
+) -> torch.nn.Module:
     """Build `linear_qkv` with one gate row a head.
 
     Megatron-Core's SelfAttention asks for kv_channels gate rows a head when
@@ -37,8 +48,13 @@ def build_headwise_qkv(linear, input_size: int, output_size: int, /, *, config, 
 
     Args:
         linear: the column-parallel linear class of the spec.
-        input_size, output_size: as SelfAttention passes them.
+        input_size: h, as SelfAttention passes it.
+        output_size: as SelfAttention passes it, with kv_channels gate rows a head.
         config: the layer's config.
+        kwargs: as SelfAttention passes them.
+
+    Raises:
+        ValueError: the layer has no gate.
     """
     if not config.attention_output_gate:
         raise ValueError(
@@ -59,11 +75,12 @@ def _check_after_loading(attention: Step35SelfAttention, incompatible_keys: obje
 class Step35SelfAttention(SelfAttention):
     """Megatron-Core's SelfAttention with the layer's own RoPE and the gate of its layout.
 
-    Built by `Step35DecoderLayer` with that layer's config, which carries `step35_layer` (its
-    LayerPlan) and `step35` (the model's Step35Runtime).
+    Built by `Step35DecoderLayer` with that layer's config.
     """
 
-    def __init__(self, config: TransformerConfig, *args, **kwargs):
+    config: LayerConfig
+
+    def __init__(self, config: LayerConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         gate_layout = config.step35.gate_layout if config.attention_output_gate else None
         self.headwise_gate = gate_layout == "headwise"
@@ -102,18 +119,24 @@ class Step35SelfAttention(SelfAttention):
         rows = self.tied_gate_rows(self.linear_qkv.weight.data)
         refuse_drift(rows, f"layer {self.config.step35_layer.index}: linear_qkv")
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """As Megatron-Core's, with tied gate rows."""
         if self.tied_gate:
             self.tie_gate_rows()
-        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        sharded: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return sharded
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         key_value_states: Tensor | None = None,
-        inference_context=None,
+        inference_context: object = None,
         rotary_pos_emb: Tensor | None = None,  # the model-wide one, which is not this layer's
         rotary_pos_cos: Tensor | None = None,
         rotary_pos_sin: Tensor | None = None,
@@ -122,7 +145,7 @@ class Step35SelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams | None = None,
         sequence_len_offset: int | None = None,
         *,
-        inference_params=None,
+        inference_params: object = None,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: [s, b, h]; returns ([s, b, h], bias or None), as Megatron-Core's does.
 
@@ -136,7 +159,7 @@ class Step35SelfAttention(SelfAttention):
                 "context is not supported. Save the weights with "
                 "step35_patch.checkpoint.save_hf_weights and serve them from there."
             )
-        return super().forward(
+        output: tuple[Tensor, Tensor | None] = super().forward(
             hidden_states,
             attention_mask,
             key_value_states=key_value_states,
@@ -145,6 +168,7 @@ class Step35SelfAttention(SelfAttention):
             packed_seq_params=packed_seq_params,
             sequence_len_offset=sequence_len_offset,
         )
+        return output
 
     def _own_rotary_pos_emb(
         self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None
@@ -163,13 +187,27 @@ class Step35SelfAttention(SelfAttention):
         key_value_states: Tensor | None = None,
         output_gate: bool = False,
         split_qkv: bool = True,
-    ):
-        """hidden_states: [s, b, h]; returns query [s, b, np, hn], key and value [s, b, ng, hn],
-        and with a gate its logits: [s, b, np] (headwise) or [s, b, np, hn] (expanded)."""
+    ) -> tuple[Any, ...]:
+        """What attention starts from, as Megatron-Core's: (query, key, value), and with a gate it.
+
+        Args:
+            hidden_states: [s, b, h].
+            key_value_states: None, as there is no cross attention.
+            output_gate: whether the gate is asked for.
+            split_qkv: False, which asks for the parts in one tensor, goes with no head-wise gate.
+
+        Returns:
+            Query [s, b, np, hn], key and value [s, b, ng, hn], and with a gate its logits,
+            [s, b, np] (headwise) or [s, b, np, hn] (expanded).
+
+        Raises:
+            ValueError: the parts are asked for in one tensor, with a head-wise gate among them.
+        """
         if not (output_gate and self.headwise_gate):
-            return super().get_query_key_value_tensors(
+            parts: tuple[Any, ...] = super().get_query_key_value_tensors(
                 hidden_states, key_value_states, output_gate=output_gate, split_qkv=split_qkv
             )
+            return parts
         if not split_qkv:
             raise ValueError("fused_single_qkv_rope does not know the gate: leave it off")
         mixed, _ = self.linear_qkv(hidden_states)

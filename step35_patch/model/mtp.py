@@ -8,18 +8,33 @@ layer, and `process_mtp_loss` is handed a callable that takes the right one in t
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_token_prediction import roll_tensor
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 # The attribute of GPTModel, and so the prefix of the matrices in Megatron checkpoints.
 OUTPUT_LAYERS = "mtp_output_layers"
 # Where process_mtp_loss, which sees only the model's output layer, finds them.
 _LINK = "step35_mtp_output_layers"
+
+
+class ModelWithOutputLayer(Protocol):
+    """What is used here of a GPTModel on the last pipeline stage."""
+
+    config: TransformerConfig
+    vocab_size: int
+    parallel_output: bool
+    pg_collection: ProcessGroupCollection
+    output_layer: torch.nn.Module
 
 
 class MtpOutputLayers(MegatronModule):
@@ -29,7 +44,7 @@ class MtpOutputLayers(MegatronModule):
         model: the GPTModel whose output layer's shape, precision and gathering they share.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: ModelWithOutputLayer):
         config = model.config
         super().__init__(config)
         for depth in range(config.mtp_num_layers):
@@ -47,9 +62,14 @@ class MtpOutputLayers(MegatronModule):
             layer.weight.is_embedding_or_output_parameter = True
             self.add_module(str(depth), layer)
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """The matrices sharded by vocabulary rows, whose padding may differ between layouts."""
-        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        sharded: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         for key, tensor in sharded.items():
             if key.endswith(".weight"):
                 tensor.allow_shape_mismatch = True
@@ -67,6 +87,11 @@ class OutputLayerByDepth:
         self._layers = iter(layers)
 
     def __call__(self, hidden_states: Tensor, weight: Tensor | None = None, **kwargs: Any) -> Any:
+        """hidden_states: [s, b, h]; returns what ColumnParallelLinear does: (logits, None).
+
+        Raises:
+            ValueError: a weight is given, as for an output layer that shares the embedding's.
+        """
         if weight is not None:
             raise ValueError("Step-3.5's output matrices are untied: expected no shared weight")
         return next(self._layers)(hidden_states, **kwargs)
@@ -76,8 +101,7 @@ class OutputLayerByDepth:
 
 
 class ShareOfTheTokens:
-    """Stands for compute_language_model_loss in one call of process_mtp_loss under context
-    parallelism.
+    """Stands for compute_language_model_loss in a process_mtp_loss call with context parallelism.
 
     Megatron-Core divides each rank's summed loss by the rank's own number of tokens and averages
     over the ranks. MTP layer k predicts nothing for a sequence's last k tokens, all of them on
@@ -91,11 +115,18 @@ class ShareOfTheTokens:
         group: the context-parallel group.
     """
 
-    def __init__(self, loss: Any, loss_mask: Tensor, packed_seq_params: Any, group: Any):
+    def __init__(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        loss_mask: Tensor,
+        packed_seq_params: PackedSeqParams | None,
+        group: ProcessGroup,
+    ):
         self._loss, self._mask = loss, loss_mask
         self._packed_seq_params, self._group = packed_seq_params, group
 
     def __call__(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels: [b, s]; logits: as Megatron-Core's loss takes them; returns losses [b, s]."""
         self._mask, own = roll_tensor(
             self._mask,
             shifts=-1,
@@ -103,10 +134,10 @@ class ShareOfTheTokens:
             cp_group=self._group,
             packed_seq_params=self._packed_seq_params,
         )
-        own = own.float()
-        total = own.clone()
+        own_tokens: Tensor = own.float()
+        total = own_tokens.clone()
         torch.distributed.all_reduce(total, group=self._group)
-        return self._loss(labels, logits) * (own * self._group.size() / total.clamp(min=1))
+        return self._loss(labels, logits) * (own_tokens * self._group.size() / total.clamp(min=1))
 
 
 def share_of_the_tokens(call: dict[str, Any]) -> None:
@@ -123,7 +154,7 @@ def share_of_the_tokens(call: dict[str, Any]) -> None:
     )
 
 
-def add_output_layers(model: torch.nn.Module) -> None:
+def add_output_layers(model: ModelWithOutputLayer) -> None:
     """Give a GPTModel with an output layer and MTP layers its `mtp_output_layers`."""
     layers = MtpOutputLayers(model)
     setattr(model, OUTPUT_LAYERS, layers)

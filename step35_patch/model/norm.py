@@ -36,7 +36,7 @@ class Step35RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         # Megatron-Core sums the gradients of so marked parameters over the tensor-parallel ranks,
         # each of which sees its own part of the sequence.
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size], any floating dtype; returns the same shape and dtype."""
@@ -44,4 +44,5 @@ class Step35RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(x.float(), gamma.shape, gamma, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
+        """What torch prints between the module's brackets."""
         return f"{tuple(self.weight.shape)}, eps={self.eps}"

@@ -26,7 +26,7 @@ _TABLES_KEPT = 4
 def inverse_frequencies(
     kv_channels: int, rotary_percent: float, rotary_base: float, scaling: RopeScaling | None
 ) -> Tensor:
-    """base ** (-2i / d) for the d = rotary_percent * kv_channels rotated dimensions, scaled.
+    """Scaled base ** (-2i / d) of the d = rotary_percent * kv_channels rotated dimensions.
 
     With llama3 scaling, wavelengths over original / low_freq_factor are stretched by `factor`,
     those under original / high_freq_factor are kept, and those between are interpolated
@@ -91,8 +91,7 @@ def rotary_pos_emb(
         [s * tensor-parallel size under sequence parallelism, 1, 1, d] float32; halves repeated
         (not interleaved). Under context parallelism the rows are those of this rank's positions.
     """
-    packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
-    if packed:
+    if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
         length = int(max(packed_seq_params.max_seqlen_q, packed_seq_params.max_seqlen_kv))
         rank, size = 0, 1
     else:

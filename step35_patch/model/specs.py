@@ -24,7 +24,7 @@ from step35_patch.model.core_attention import Step35DotProductAttention
 from step35_patch.model.description import Step35Runtime
 from step35_patch.model.layer import Step35DecoderLayer
 from step35_patch.model.norm import Step35RMSNorm
-from step35_patch.model.swiglu import routed_swiglu, shared_swiglu
+from step35_patch.model.swiglu import ClampedSwiGLU, routed_swiglu, shared_swiglu
 
 try:  # Apex's norm stands where WrappedTorchNorm does when Apex is installed.
     from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
@@ -64,23 +64,24 @@ def _replace_submodules(builder: Any, change: Callable[[Any], Any]) -> Any:
     return functools.partial(builder.func, *builder.args, **keywords)
 
 
-def _with_activation(builder: Any, activation: Callable) -> Any:
+def _with_activation(builder: Any, activation: Callable[..., ClampedSwiGLU]) -> Any:
     return _replace_submodules(
         builder, lambda submodules: dataclasses.replace(submodules, activation_func=activation)
     )
 
 
 def _mlp(builder: Any) -> Any:
-    def change(submodules: Any) -> Any:
-        if not hasattr(submodules, "experts"):
-            return dataclasses.replace(submodules, activation_func=shared_swiglu)
-        return dataclasses.replace(
+    """The MLP's builder with the clamped activations: a dense one's, or those of the experts."""
+    if not _has_experts(builder):
+        return _with_activation(builder, shared_swiglu)
+    return _replace_submodules(
+        builder,
+        lambda submodules: dataclasses.replace(
             submodules,
             experts=_with_activation(submodules.experts, routed_swiglu),
             shared_experts=_with_activation(submodules.shared_experts, shared_swiglu),
-        )
-
-    return _replace_submodules(builder, change)
+        ),
+    )
 
 
 def _self_attention(spec: ModuleSpec, runtime: Step35Runtime) -> ModuleSpec:

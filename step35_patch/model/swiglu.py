@@ -8,9 +8,12 @@ says `use_te_activation_func`; so the clamp is such an activation module, in all
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from step35_patch.model.description import LayerConfig
 
 
 class ClampedSwiGLU(torch.nn.Module):
@@ -35,19 +38,25 @@ class ClampedSwiGLU(torch.nn.Module):
             up = up.clamp(min=-self.limit, max=self.limit)
         return gate * up
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None) -> dict:
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Nothing to save; Megatron-Core 0.17 asks every module of an MLP for it."""
         return {}
 
     def extra_repr(self) -> str:
+        """What torch prints between the module's brackets."""
         return f"limit={self.limit}"
 
 
-def routed_swiglu(*, config: TransformerConfig) -> ClampedSwiGLU:
+def routed_swiglu(*, config: LayerConfig) -> ClampedSwiGLU:
     """The activation of a layer's routed experts (`swiglu_limits`)."""
     return ClampedSwiGLU(config.step35_layer.swiglu_limit)
 
 
-def shared_swiglu(*, config: TransformerConfig) -> ClampedSwiGLU:
+def shared_swiglu(*, config: LayerConfig) -> ClampedSwiGLU:
     """The activation of a layer's shared expert or dense MLP (`swiglu_limits_shared`)."""
     return ClampedSwiGLU(config.step35_layer.swiglu_limit_shared)

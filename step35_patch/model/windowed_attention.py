@@ -10,6 +10,8 @@ sample and a key head.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,8 +36,9 @@ def windowed_attention(
 
     Args:
         query: [s, b, np, hn], floating point.
-        key, value: [s, b, ng, hn] in the query's dtype; np is a multiple of ng, and query head h
-            reads key head h // (np / ng).
+        key: [s, b, ng, hn] in the query's dtype; np is a multiple of ng, and query head h reads
+            key head h // (np / ng).
+        value: as key.
         window_left: query i sees keys j with 0 <= i - j <= window_left, so window_left + 1 keys.
             It is the left of window_size (left, 0) in Megatron-Core and flash-attention. None: all
             keys j <= i.
@@ -55,7 +58,13 @@ def windowed_attention(
     if attention_mask is not None and attention_mask.size(0) > 1:
         # A mask for each sample would have to be repeated for each head to run as one batch.
         # split, not indexing: its backward is one concatenation.
-        samples = zip(*(x.split(1, dim=1) for x in (query, key, value)), attention_mask.split(1))
+        samples = zip(
+            query.split(1, dim=1),
+            key.split(1, dim=1),
+            value.split(1, dim=1),
+            attention_mask.split(1),
+            strict=True,
+        )
         outputs = [
             windowed_attention(
                 q,
@@ -104,8 +113,11 @@ def attend_to_prefix(
 
     Args:
         query: [s, b, np, hn], of the last s tokens.
-        key, value: [keys, b, ng, hn], of all tokens; keys >= s.
-        window_left, softmax_scale, dropout_p: as in `windowed_attention`.
+        key: [keys, b, ng, hn], of all tokens; keys >= s.
+        value: as key.
+        window_left: as in `windowed_attention`.
+        softmax_scale: as there.
+        dropout_p: as there.
 
     Returns:
         [s, b, np * hn] in the query's dtype.
@@ -131,7 +143,8 @@ def attend_to_prefix(
     positions = torch.arange(keys, device=query.device)
     out = _attend(
         query.permute(1, 2, 0, 3),
-        *(x.repeat_interleave(r, dim=2).permute(1, 2, 0, 3) for x in (key, value)),
+        key.repeat_interleave(r, dim=2).permute(1, 2, 0, 3),
+        value.repeat_interleave(r, dim=2).permute(1, 2, 0, 3),
         positions <= positions[keys - s :, None],
         softmax_scale,
         dropout_p,
@@ -157,13 +170,16 @@ def packed_windowed_attention(
 
     Args:
         query: [t, np, hn].
-        key, value: [t, ng, hn].
+        key: [t, ng, hn].
+        value: as key.
         cu_seqlens: integer [n + 1], from 0: sequence i has cu_seqlens[i+1] - cu_seqlens[i] tokens
             (0 is allowed). Without padding it starts at token cu_seqlens[i].
         cu_seqlens_padded: integer [n + 1] from 0 to t: sequence i starts at token
             cu_seqlens_padded[i], and what is left up to the next start is padding.
+        window_left: as in `windowed_attention`.
+        softmax_scale: as there.
         attention_mask: bool [1, 1, t, t], True where a query may not see a key.
-        window_left, softmax_scale, dropout_p: as in `windowed_attention`.
+        dropout_p: as in `windowed_attention`.
 
     Returns:
         [t, np * hn] in the query's dtype; zeros for padding.
@@ -172,7 +188,8 @@ def packed_windowed_attention(
         ValueError: if the lengths don't fit t or each other, or the inputs don't.
     """
     t = query.size(0)
-    _check_inputs(*(x.unsqueeze(1) for x in (query, key, value)), window_left, attention_mask)
+    as_batch = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+    _check_inputs(*as_batch, window_left, attention_mask)
     bounds = _sequence_bounds(cu_seqlens, cu_seqlens_padded, t)
     # Alternately a sequence and its padding; split, because its backward is one concatenation.
     sizes = [size for _, length, slot in bounds for size in (length, slot - length)]
@@ -246,34 +263,33 @@ def _sequence_bounds(
             "cu_seqlens and cu_seqlens_padded: expected the same number of entries, two or more, "
             f"found {len(ends)} and {len(starts)}."
         )
-    lengths = [after - before for before, after in zip(ends, ends[1:])]
-    slots = [after - before for before, after in zip(starts, starts[1:])]
+    lengths = [after - before for before, after in pairwise(ends)]
+    slots = [after - before for before, after in pairwise(starts)]
     if starts[0] or ends[0] or starts[-1] != tokens or min(lengths + slots) < 0:
         raise ValueError(
             f"{name}: expected sums of sequence lengths, growing from 0 to the {tokens} tokens of "
             f"the batch, found {starts}. Give tokens at the end a sequence of their own."
         )
-    for i, (length, slot) in enumerate(zip(lengths, slots)):
+    for i, (length, slot) in enumerate(zip(lengths, slots, strict=True)):
         if length > slot:
             raise ValueError(
                 f"cu_seqlens: expected at most {slot} tokens in sequence {i}, as many as "
                 f"cu_seqlens_padded has room for, found {length}."
             )
-    return list(zip(starts, lengths, slots))
+    return list(zip(starts[:-1], lengths, slots, strict=True))
 
 
 def _causal(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softmax_scale: float, dropout_p: float
 ) -> Tensor:
     """Each query against all keys up to it: q [s, g, r, hn], k and v [s, g, hn], mask [s, s]."""
-    attend, visible = _attend, None
+    visible = None
     # Megatron-Core's data loader hands out the plain causal mask. Noticing that it hides no key
     # that causality leaves halves the work, and saves the s * s floats that SDPA makes of a mask.
     if mask is not None and mask.tril().any():
         visible = (~mask).tril()[None, None]
-        attend = _attend_or_zero
     r = q.size(2)
-    out = attend(
+    out = _attend(
         q.permute(1, 2, 0, 3),
         # Repeated by stride, not copied. SDPA's enable_gqa would do, but was slower on the CPU and
         # is unknown to the only fused CUDA kernel that takes fp32.
@@ -282,6 +298,7 @@ def _causal(
         visible,
         softmax_scale,
         dropout_p,
+        may_be_blind=visible is not None,
     )
     return out.permute(2, 0, 1, 3)
 
@@ -305,8 +322,12 @@ def _banded(
 
     Args:
         q: [s - window, g, r, hn].
-        k, v: [s, g, hn].
+        k: [s, g, hn].
+        v: as k.
+        window: keys that a query sees, itself included.
         mask: [s, s], of which only the bands are read.
+        softmax_scale: factor on the scores.
+        dropout_p: share of the probabilities that are dropped.
 
     Returns:
         [s - window, g, r, hn].
@@ -325,14 +346,14 @@ def _banded(
     i = torch.arange(block, device=q.device).unsqueeze(1)
     j = torch.arange(window + block, device=q.device)
     visible = ((i < j) & (j <= i + window)).unsqueeze(0)  # [1 or n, block, window + block]
-    attend = _attend
+    may_be_blind = False
     if mask is not None:
         hidden = _mask_bands(mask, n, block, window)
         if (hidden & visible).any():
-            attend, visible = _attend_or_zero, visible & ~hidden
+            may_be_blind, visible = True, visible & ~hidden
     visible = visible[:, None, None].expand(-1, -1, r, -1, -1).flatten(2, 3)
 
-    out = attend(q, k, v, visible, softmax_scale, dropout_p)
+    out = _attend(q, k, v, visible, softmax_scale, dropout_p, may_be_blind=may_be_blind)
     return out.unflatten(2, (r, block)).permute(0, 3, 1, 2, 4).flatten(0, 1)[:rows]
 
 
@@ -359,10 +380,26 @@ def _mask_bands(mask: Tensor, n: int, block: int, window: int) -> Tensor:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, softmax_scale: float, dropout_p: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    softmax_scale: float,
+    dropout_p: float,
+    *,
+    may_be_blind: bool = False,
 ) -> Tensor:
-    """SDPA with q [n, h, rows, hn]; visible is bool [1 or n, 1, rows, keys], or None for causal."""
-    return F.scaled_dot_product_attention(
+    """SDPA with q [n, h, rows, hn]; visible is bool [1 or n, 1, rows, keys], or None for causal.
+
+    A query that sees no key at all is possible only with `may_be_blind`: it gets zeros. What SDPA
+    makes of it is not documented, and kernels for CUDA have returned NaN. So it gets to see every
+    key, and its output is overwritten, which stops its gradient too.
+    """
+    blind = None
+    if visible is not None and may_be_blind:
+        blind = ~visible.any(-1, keepdim=True)
+        visible = visible | blind
+    out: Tensor = F.scaled_dot_product_attention(
         q,
         k,
         v,
@@ -371,16 +408,6 @@ def _attend(
         scale=softmax_scale,
         dropout_p=dropout_p,
     )
-
-
-def _attend_or_zero(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax_scale: float, dropout_p: float
-) -> Tensor:
-    """`_attend` where a query may see no key at all: it gets zeros.
-
-    What SDPA makes of such a query is not documented, and kernels for CUDA have returned NaN. So it
-    gets to see every key, and its output is overwritten, which stops its gradient too.
-    """
-    blind = ~visible.any(-1, keepdim=True)
-    out = _attend(q, k, v, visible | blind, softmax_scale, dropout_p)
-    return out.masked_fill(blind, 0.0)
+    if blind is not None:
+        out = out.masked_fill(blind, 0.0)
+    return out

@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 
 from step35_patch import settings as process
 from step35_patch._version import __version__
@@ -17,7 +18,7 @@ from step35_patch.settings import Settings
 _PATIENCE = timedelta(seconds=120)
 
 # What both sides of a comparison must have in common, under the names that
-# `training_arguments.parse` gives them on Megatron's args: name, what it is.
+# `parse_args.parse` gives them on Megatron's args: name, what it is.
 _MODEL = {
     "step35_fingerprint": "config fingerprint",
     "step35_gate_layout": "gate layout",
@@ -53,9 +54,7 @@ def check_ranks_agree() -> None:
         "Megatron-Core": str(megatron_version()),
         "torch": torch.__version__,
     }
-    store = torch.distributed.PrefixStore(
-        "step35_patch", torch.distributed.distributed_c10d._get_default_store()
-    )
+    store = distributed_c10d.PrefixStore("step35_patch", distributed_c10d._get_default_store())
     store.set(f"{rank}", "\n".join(f"{name}={value}" for name, value in own.items()))
     ranks = [str(other) for other in range(world)]
     try:
@@ -76,7 +75,7 @@ def check_ranks_agree() -> None:
             f"{_MODEL.get(name, name)}: "
             + ", ".join(
                 f"{answer[name]} on rank(s) {' '.join(whose)}"
-                for answer, whose in zip(answers, by_answer.values())
+                for answer, whose in zip(answers, by_answer.values(), strict=True)
             )
             for name in own
             if len({answer[name] for answer in answers}) > 1
