@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in its __all__
 
 _LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -43,7 +44,7 @@ def install() -> None:
         RuntimeError: if this machine has a usable CUDA device (the run would be slow for no
             reason), or if Megatron-Core is imported or torch.distributed initialised already.
     """
-    if torch.cuda.Stream is _Stream:
+    if torch.cuda.Stream is _CUDA["Stream"]:
         return
     if torch.cuda.is_available():
         raise RuntimeError(
@@ -90,12 +91,15 @@ def _switch_off_gpu_software() -> None:
 _CPU = torch.device("cpu")
 
 # Functions of torch, and methods of Tensor, that take the device of their result as a keyword.
-_FACTORIES = """
-    arange as_tensor asarray empty empty_like empty_strided eye full full_like linspace logspace
-    ones ones_like rand rand_like randint randint_like randn randn_like randperm scalar_tensor
-    tensor tril_indices triu_indices zeros zeros_like
-""".split()
-_TENSOR_FACTORIES = "new_empty new_empty_strided new_full new_ones new_tensor new_zeros".split()
+_FACTORIES = (
+    *("arange", "as_tensor", "asarray", "eye", "linspace", "logspace", "scalar_tensor", "tensor"),
+    *("empty", "empty_like", "empty_strided", "full", "full_like", "ones", "ones_like"),
+    *("rand", "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm"),
+    *("tril_indices", "triu_indices", "zeros", "zeros_like"),
+)
+_TENSOR_FACTORIES = (
+    *("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros"),
+)
 # Those that draw, and take a generator.
 _DRAWS = ("rand", "randint", "randn", "randperm")
 
@@ -117,7 +121,7 @@ def _on_cpu(device: Any) -> Any:
 def _redirect_tensors() -> None:
     """Make tensors that are asked for on a CUDA device on the CPU, and let them pass for CUDA's."""
 
-    def factory(function: Callable) -> Callable:
+    def factory(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             device = kwargs.get("device")
@@ -150,13 +154,17 @@ def _redirect_tensors() -> None:
             dtype = dtype.replace("torch.cuda.", "torch.")
         return original_type(self, dtype, *args, **kwargs)
 
-    torch.Tensor.to = to
-    torch.Tensor.type = type_
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # Module.cuda goes through it too
-    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
-    torch.Tensor.record_stream = lambda self, stream: None
-    # Megatron brings the counts of its MoE dispatchers to the host only if they are on a GPU.
-    torch.Tensor.is_cuda = property(lambda self: self.device.type == "cpu")
+    methods = {
+        "to": to,
+        "type": type_,
+        "cuda": lambda self, *args, **kwargs: self,  # Module.cuda goes through it too
+        "pin_memory": lambda self, *args, **kwargs: self,
+        "record_stream": lambda self, stream: None,
+        # Megatron brings the counts of its MoE dispatchers to the host only if they are on a GPU.
+        "is_cuda": property(lambda self: self.device.type == "cpu"),
+    }
+    for name, method in methods.items():
+        setattr(torch.Tensor, name, method)
 
     original_dropout = torch.nn.functional.dropout
 
@@ -230,7 +238,7 @@ class _Event:
         return (end._seconds - self._seconds) * 1e3
 
 
-class _Scope(contextlib.nullcontext):
+class _Scope(contextlib.nullcontext[None]):
     """``torch.cuda.device`` and ``torch.cuda.stream``: take any argument and change nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -345,12 +353,15 @@ def _use_gloo() -> None:
         on_gloo(kwargs)
         if kwargs.get("world_size") == 1 and kwargs.get("store") is None:
             # Nobody to meet, so that a script may be started without torchrun.
-            kwargs["store"] = torch.distributed.HashStore()
+            kwargs["store"] = HashStore()
 
     wrap("init_process_group", initialise)
     wrap("new_group", on_gloo)
     wrap("barrier", lambda kwargs: kwargs.pop("device_ids", None))
-    # A collective that is in flight when the interpreter ends makes Gloo's threads abort it.
-    atexit.register(
-        lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
-    )
+    atexit.register(_end_process_group)
+
+
+def _end_process_group() -> None:
+    """End all groups; a collective in flight when the interpreter ends makes Gloo abort it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

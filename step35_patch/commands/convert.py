@@ -8,12 +8,16 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from step35_patch.settings import GATE_LAYOUTS
 from step35_patch.tensors.published import SAFETENSORS_DTYPES
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+if TYPE_CHECKING:
+    from step35_patch.convert import Options
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,19 +90,19 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true", help="say what would be done")
     command.add_argument("--overwrite", action="store_true", help="replace a checkpoint at OUT")
     command.add_argument(
-        "--allow-nonfinite", action="store_true", help="go on with weights that are NaN or Inf"
+        "--allow-nonfinite", action="store_true", help="convert weights that are NaN or Inf too"
     )
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", text.strip().upper())
-    unit = match and (match[2] if match[2].endswith("B") or not match[2] else match[2] + "B")
-    if not match or (size := int(float(match[1]) * _UNITS[unit])) < 1:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 5GB, found {text!r}")
     return size
 
 
-def _options(options: argparse.Namespace) -> Any:
+def _options(options: argparse.Namespace) -> Options:
     import torch
 
     from step35_patch.convert import Options
@@ -146,10 +150,9 @@ def _to_hf(options: argparse.Namespace) -> int:
 
 def _run(convert: Callable[[], None]) -> int:
     """0; 1 with the reason if it can't be done; 130 if it was interrupted."""
-
     interrupted = []
 
-    def interrupt(number: int, frame: Any) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         interrupted.append(number)
         raise KeyboardInterrupt
 

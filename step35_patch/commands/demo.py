@@ -6,23 +6,22 @@ three things: Megatron trained to the end, the loss fell, and a second run that 
 checkpoint of the first continues with the losses of the first.
 """
 
+from __future__ import annotations
+
 import argparse
 import importlib.util
 import json
-import os
-import re
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from step35_patch.arguments import CPU_ARGUMENTS
+from step35_patch.commands.demo_training import DemoError, for_a_shell, train
 from step35_patch.config.model import Step35Config, packaged_config_path
 from step35_patch.tensors.published import published_tensors
 
@@ -34,8 +33,6 @@ SEQUENCE_LENGTH = 128
 # numbers in the same order, but Megatron logs seven digits, and threads may sum in another order).
 RESUME_TOLERANCE = 1e-4
 
-_ITERATION = re.compile(r"iteration +(\d+)/ *\d+ \|.* lm loss: (\S+) \|(.*)")
-_MTP_LOSS = re.compile(r"mtp_\d+ loss: (\S+)")
 # What Megatron's loop imports, and the packages that bring it.
 _PACKAGES = {
     "torch": "torch",
@@ -43,14 +40,6 @@ _PACKAGES = {
     "yaml": "pyyaml",
     "psutil": "psutil",
 }
-# Set by launchers, and on some clusters in every shell: the demo is one process, whoever starts it.
-_LAUNCHER_VARIABLES = {
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-}
-
-
-class DemoError(Exception):
-    """Training did not do what it should have done; says what was expected and what was found."""
 
 
 def main(argv: list[str]) -> int:
@@ -130,15 +119,15 @@ def _demo(folder: Path, iterations: int, verbose: bool) -> None:
 
     print(_describe(config))
     print(f"config: {config_path}\nMegatron's log: {log}\n\nTraining on the CPU with\n")
-    print(_for_a_shell(config_path, saving), end="\n\n")
-    first = _train(saving, config_path, log, "training", verbose)
+    print(for_a_shell(config_path, saving), end="\n\n")
+    first = train(saving, config_path, log, "training", verbose)
     before, after = check_loss_fell(first.losses, iterations)
     print(f"\n{first.report}\n")
     print(f"The loss fell from {before:.3f} to {after:.3f} (mean of the last iterations).\n")
 
     print(f"Again from the checkpoint of iteration {saved_at}: the same command with\n")
     print(f"    {shlex.join(loading[len(command) :])}\n")
-    second = _train(loading, config_path, log, "resuming", verbose)
+    second = train(loading, config_path, log, "resuming", verbose)
     compared, difference = check_same_losses(first.losses, second.losses, saved_at)
     print(
         f"\nThe losses after iteration {saved_at} are those of the run that was not interrupted\n"
@@ -151,7 +140,7 @@ def _demo(folder: Path, iterations: int, verbose: bool) -> None:
 # --- The model and its command ------------------------------------------------------------------
 
 
-def tiny_config() -> dict:
+def tiny_config() -> dict[str, Any]:
     """A config.json with the layers of the published one's end, in a size for a CPU.
 
     Nine decoder layers (full attention at 0, 4 and 8, sliding elsewhere; the first three dense, the
@@ -162,11 +151,11 @@ def tiny_config() -> dict:
     published = json.loads(packaged_config_path().read_text())
     layers = published["num_hidden_layers"] + published["num_nextn_predict_layers"]
     first = published["num_hidden_layers"] - DECODER_LAYERS
-    document = {
+    document: dict[str, Any] = {
         name: value[first:] if isinstance(value, list) and len(value) == layers else value
         for name, value in published.items()
     }
-    heads = {"num_attention_heads": 4, "num_attention_groups": 2, "head_dim": 16}
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_attention_groups": 2, "head_dim": 16}
     sliding = heads | {"num_attention_heads": 6, "true_head_dim": 16}
     limits = {7.0: 0.5, 16.0: 1.0, 0.0: 0.0}
     return (
@@ -262,130 +251,6 @@ def _check_packages() -> None:
             f"expected the packages that Megatron's training loop needs, found no "
             f"{', '.join(missing)}. Install them: pip install 'step35-patch[training]'"
         )
-
-
-def _environment(config_path: Path) -> dict[str, str]:
-    """What the child process is told besides its arguments."""
-    return {
-        "STEP35_CONFIG": str(config_path),
-        "CUDA_VISIBLE_DEVICES": "",
-        # Its matrices are too small to share, and threads that wait for each other on a busy
-        # machine make an iteration take seconds.
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-def _for_a_shell(config_path: Path, command: list[str]) -> str:
-    """The command as it can be pasted into a shell, a few arguments a line."""
-    variables = [f"{name}={shlex.quote(v)}" for name, v in _environment(config_path).items()]
-    words = " ".join([*variables, *map(shlex.quote, command)])
-    words = re.sub(r"(--\S+) (?!--)", "\\1\0", words)  # an option and its value stay together
-    lines = textwrap.wrap(
-        words, 94, break_long_words=False, break_on_hyphens=False, subsequent_indent="  "
-    )
-    return textwrap.indent(" \\\n".join(lines).replace("\0", " "), "    ")
-
-
-# --- A run of the script ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What a child process wrote.
-
-    Args:
-        losses: the logged loss of each iteration (nats a token).
-        report: what step35_patch said that it had patched.
-    """
-
-    losses: dict[int, float]
-    report: str
-
-
-def _train(command: list[str], config_path: Path, log: Path, title: str, verbose: bool) -> _Run:
-    """Run the script to its end, showing its progress.
-
-    Raises:
-        DemoError: the script did not end with exit status 0; carries the end of its output.
-    """
-    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
-    environment |= _environment(config_path) | {"PYTHONUNBUFFERED": "1"}
-    iterations = int(command[command.index("--train-iters") + 1])
-    progress = _Progress(title, iterations, quiet=verbose)
-    losses: dict[int, float] = {}
-    lines: list[str] = []
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    try:
-        with log.open("a") as log_file:
-            for line in process.stdout:
-                log_file.write(line)
-                log_file.flush()
-                lines.append(line.rstrip())
-                if verbose:
-                    print(line, end="", flush=True)
-                if match := _ITERATION.search(line):
-                    iteration, loss = int(match[1]), float(match[2])
-                    losses[iteration] = loss
-                    progress.show(iteration, loss, [float(x) for x in _MTP_LOSS.findall(match[0])])
-        status = process.wait()
-    finally:
-        progress.end()
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-    if status != 0:
-        tail = "\n".join(lines[-25:])
-        raise DemoError(f"the script ended with status {status}. Its last lines ({log}):\n{tail}")
-    return _Run(losses, "\n".join(_report(lines)))
-
-
-def _report(lines: list[str]) -> Iterator[str]:
-    """The lines of step35_patch's own report: its heading and what is indented below it."""
-    inside = False
-    for line in lines:
-        inside = line.startswith("step35_patch ") or inside and line.startswith(("active", "  "))
-        if inside:
-            yield line
-
-
-class _Progress:
-    """One line that is written again and again on a terminal; ten lines elsewhere."""
-
-    def __init__(self, title: str, iterations: int, quiet: bool):
-        self._title, self._iterations, self._quiet = title, iterations, quiet
-        self._terminal = sys.stdout.isatty()
-        self._shown = False
-        if self._terminal and not quiet:
-            print(f"{title}: starting Megatron ...", end="", flush=True)
-            self._shown = True
-
-    def show(self, iteration: int, loss: float, mtp_losses: list[float]) -> None:
-        """Say where training is; losses are in nats a token."""
-        if self._quiet:
-            return
-        filled = 20 * iteration // self._iterations
-        mtp = " ".join(f"{mtp_loss:.3f}" for mtp_loss in mtp_losses)
-        text = (
-            f"{self._title} [{'#' * filled}{'.' * (20 - filled)}] "
-            f"{iteration:3d}/{self._iterations}  loss {loss:.3f}  MTP {mtp}"
-        )
-        if self._terminal:
-            print(f"\r\033[K{text}", end="", flush=True)
-        elif iteration == 1 or iteration % max(1, self._iterations // 10) == 0:
-            print(text, flush=True)
-
-    def end(self) -> None:
-        """Leave the line."""
-        if self._shown:
-            print()
 
 
 # --- What is checked ----------------------------------------------------------------------------
