@@ -260,7 +260,7 @@ def test_keys_and_shapes_are_those_of_a_built_model(tmp_path, gate_layout, chang
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import apply_factories
-    from ours import build
+    from support.ours import build
 
     config = tiny_config(**changes)
     hf = write_hf_folder(tmp_path / "hf", config, weights_of(config))
@@ -294,7 +294,7 @@ def test_every_module_of_transformer_engine_finds_its_extra_state():
 @pytest.mark.parametrize("gate_layout", GATE_LAYOUTS)
 def test_megatron_core_loads_what_load_hf_weights_does(case, tmp_path, gate_layout):
     from megatron.core import dist_checkpointing
-    from ours import build
+    from support.ours import build
 
     _, _, hf = case
     convert_to_megatron(hf, tmp_path / "m", gate_layout=gate_layout, options=SMALL_FILES)
