@@ -179,8 +179,9 @@ class _Job[Item]:
             notes[file.name] = json.loads(json.dumps(found))
 
         with ThreadPoolExecutor(self.conversion.options.workers) as pool:
-            futures = [pool.submit(write, file) for file in files]
+            # An interrupt may come while a worker is being started, which nobody waits for then.
             try:
+                futures = [pool.submit(write, file) for file in files]
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
                 self.stop.set()

@@ -44,7 +44,7 @@ MANY, FEW, ONE = "4KB", "250KB", "5GB"
 # Forks a process for each conversion, so that a fault meets the work and not the imports. A hook
 # is run in the child before the command; statuses are those of os.waitstatus_to_exitcode.
 _SERVER = """
-import json, os, signal, sys, threading, traceback
+import contextlib, json, os, signal, sys, threading, traceback
 import torch
 import step35_patch.convert
 from step35_patch.cli import main
@@ -73,7 +73,8 @@ for line in sys.stdin:
         traceback.print_exc()
     finally:
         for thread in set(threading.enumerate()) - {threading.main_thread()}:
-            thread.join()
+            with contextlib.suppress(RuntimeError):  # interrupted while it was being started
+                thread.join()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
