@@ -20,6 +20,7 @@ from step35_patch.model.description import Step35Runtime, runtime_for
 from step35_patch.model.layer import Step35DecoderLayer
 from step35_patch.model.mtp import OUTPUT_LAYERS
 from step35_patch.storage import hf_folder as hf_files
+from step35_patch.storage.errors import CheckpointError
 from step35_patch.storage.hf_folder import HfFolder, ShardWriter
 from step35_patch.tensors.published import published_tensors
 from step35_patch.tensors.qkv import pack_qkv, unpack_qkv
@@ -408,7 +409,7 @@ def _write(
 def _check_complete(target: Path, config, weight_map: dict[str, str]) -> None:
     expected = {info.name for info in published_tensors(config)}
     if lost := sorted(expected ^ set(weight_map)):
-        raise hf_files.CheckpointError(target, [f"{name}: not written" for name in lost])
+        raise CheckpointError(target, [f"{name}: not written" for name in lost])
 
 
 def _is_first_rank() -> bool:

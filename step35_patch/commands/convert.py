@@ -162,7 +162,7 @@ def _run(convert: Callable[[], None]) -> int:
     }
     try:
         from step35_patch.convert import ConversionError
-        from step35_patch.storage.staging import OutputBusyError
+        from step35_patch.storage.errors import OutputBusyError
 
         if interrupted:  # what torch imports may have swallowed it
             raise KeyboardInterrupt

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from step35_patch.config.model import Step35Config
+from step35_patch.storage.errors import CheckpointError
 from step35_patch.storage.mapped import MappedFiles
 from step35_patch.tensors.published import SAFETENSORS_DTYPES, TensorInfo
 
@@ -26,34 +27,30 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class CheckpointError(ValueError):
-    """Files that are not the checkpoint of the config; the message lists every problem."""
-
-    def __init__(self, path: str | os.PathLike, problems: Iterable[str]):
-        self.problems = tuple(problems)
-        shown = "\n  ".join(self.problems)
-        super().__init__(f"{path}: {len(self.problems)} problem(s) with the checkpoint:\n  {shown}")
-
-
 class HfFolder:
     """The tensors of a folder with one model.safetensors, or several and an index.
 
     Args:
-        path: the folder.
-        expected: the tensors that must be there, all of them and no others.
+        path: The folder.
+        expected: The tensors that must be there, all of them and no others.
+
+    Attributes:
+        path: The folder.
 
     Raises:
-        CheckpointError: missing, unexpected, misshapen, wrongly typed or doubly stored tensors,
-            missing, unreadable or outlying files; all of them are listed.
+        CheckpointError: Tensors are missing, unexpected, stored twice or of another shape or dtype;
+            files are missing, unreadable or outside the folder. All of it is listed.
     """
 
-    def __init__(self, path: str | os.PathLike, expected: Iterable[TensorInfo]):
+    def __init__(self, path: str | os.PathLike[str], expected: Iterable[TensorInfo]) -> None:
         self.path = Path(path)
         self._expected = {info.name: info for info in expected}
         problems: list[str] = []
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Any] = {}  # safetensors' objects, which have no types
         self._where: dict[str, str] = {}
-        self._mapped, self._starts = MappedFiles(self.path), {}
+        self._index: dict[str, str] | None = None
+        self._mapped = MappedFiles(self.path)
+        self._starts: dict[str, int] = {}
         for name in self._shards(problems):
             self._open(name, problems)
         if not problems or self._where:
@@ -84,8 +81,6 @@ class HfFolder:
         outside = [name for name in names if Path(name).name != name]
         problems += [f"{INDEX}: {name!r} leaves the folder" for name in outside]
         return [name for name in names if name not in outside]
-
-    _index: dict[str, str] | None = None
 
     def _open(self, name: str, problems: list[str]) -> None:
         try:
@@ -125,12 +120,30 @@ class HfFolder:
         return problems
 
     def get(self, name: str, *index: int | slice) -> Tensor:
-        """The tensor, or the part that `index` selects, which alone is read."""
+        """The tensor, or the part that `index` selects, which alone is read.
+
+        Args:
+            name: Its published name.
+            index: For each of its first dimensions a position or a range.
+
+        Returns:
+            The tensor on the CPU, in the file's dtype.
+        """
         file = self._files[self._where[name]]
-        return file.get_slice(name)[index] if index else file.get_tensor(name)
+        tensor: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
+        return tensor
 
     def block(self, name: str, start: int, count: int) -> Tensor:
-        """Elements of a tensor, row by row, over the mapped file: [count], not to be written to."""
+        """Elements of a tensor, row by row, over the mapped file.
+
+        Args:
+            name: Its published name.
+            start: The first element.
+            count: How many.
+
+        Returns:
+            [count] in the file's dtype, not to be written to.
+        """
         file = self._mapped.get(self._where[name])
         dtype = DTYPES[self._expected[name].dtype]
         self._mapped.used(count * dtype.itemsize)
@@ -143,22 +156,40 @@ class HfFolder:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A torch dtype's name in safetensors, for those that weights come in."""
+    """A torch dtype's name in safetensors.
+
+    Raises:
+        ValueError: Weights do not come in this dtype.
+    """
     if dtype not in _NAMES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, _NAMES))}, found {dtype}")
     return _NAMES[dtype]
 
 
 def torch_dtype_name(dtype: torch.dtype) -> str:
-    """Its name in a config's torch_dtype."""
+    """A torch dtype's name in a config's torch_dtype.
+
+    Raises:
+        ValueError: Weights do not come in this dtype.
+    """
     names = {name: spelled for spelled, name in SAFETENSORS_DTYPES.items()}
     return names[dtype_name(dtype)]
 
 
 class ShardWriter:
-    """Collects tensors and writes them to numbered files of about `max_bytes` each."""
+    """Collects tensors and writes them to numbered files.
 
-    def __init__(self, folder: Path, prefix: str, max_bytes: int):
+    Args:
+        folder: Where the files are made.
+        prefix: What their names begin with.
+        max_bytes: About the size of a file; a tensor that is larger has one of its own.
+
+    Attributes:
+        weight_map: The file of each tensor that has been written.
+        bytes: The size of these tensors together.
+    """
+
+    def __init__(self, folder: Path, prefix: str, max_bytes: int) -> None:
         self.folder, self.prefix, self.max_bytes = folder, prefix, max_bytes
         self.weight_map: dict[str, str] = {}
         self.bytes = 0
@@ -167,7 +198,11 @@ class ShardWriter:
         self._files = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take over a tensor; it is copied to the CPU and made contiguous."""
+        """Take a copy of a tensor, on the CPU and contiguous; write a file if that is full.
+
+        Raises:
+            ValueError: There is one of this name already.
+        """
         if name in self.weight_map or name in self._pending:
             raise ValueError(f"{name}: written twice")
         tensor = tensor.detach().to("cpu").contiguous().clone()
@@ -190,7 +225,7 @@ class ShardWriter:
 
 
 def header(tensors: Iterable[TensorInfo]) -> bytes:
-    """What stands in a safetensors file before the tensors' bytes, which follow in this order.
+    """What a safetensors file has before the tensors' bytes, which follow in this order.
 
     The format: https://huggingface.co/docs/safetensors, "Format".
     """
@@ -221,7 +256,7 @@ def index_document(weight_map: dict[str, str], total_bytes: int) -> bytes:
 def config_document(config: Step35Config, dtype: torch.dtype) -> bytes:
     """The config.json of weights in a dtype."""
     document = config.to_dict() | {"torch_dtype": torch_dtype_name(dtype)}
-    document.pop("dtype", None)  # transformers' newer name for the same
+    document.pop("dtype", None)  # transformers' newer name for it
     return (json.dumps(document, indent=2) + "\n").encode()
 
 
@@ -229,7 +264,7 @@ def staging_folder(target: Path) -> Path:
     """A new folder beside `target`, to be filled and then renamed to it.
 
     Raises:
-        FileExistsError: something stands at `target` already.
+        FileExistsError: There is something at `target` already.
     """
     if target.exists():
         raise FileExistsError(f"{target}: exists already; remove it or choose another folder")
@@ -238,7 +273,11 @@ def staging_folder(target: Path) -> Path:
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Make a filled staging folder the target, in one rename."""
+    """Make a filled staging folder the target, in one rename.
+
+    Raises:
+        FileExistsError: There is something at `target` by now.
+    """
     if target.exists():
         raise FileExistsError(f"{target}: appeared while it was being written")
     staged.chmod(0o755)
@@ -246,5 +285,5 @@ def publish(staged: Path, target: Path) -> None:
 
 
 def discard(staged: Path) -> None:
-    """Remove a staging folder that did not become whole."""
+    """Remove a staging folder that was not finished."""
     shutil.rmtree(staged, ignore_errors=True)

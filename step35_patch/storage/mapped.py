@@ -1,4 +1,4 @@
-"""Files mapped into memory, whose pages can be let go of."""
+"""Files mapped into memory, whose pages can be released."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ class MappedFile:
     """A file that is read where its bytes are needed, without a copy.
 
     Args:
-        path: the file; it must not shrink while it is mapped.
+        path: The file; it must not shrink while it is mapped.
 
     Attributes:
-        size: its bytes.
+        size: Its bytes.
 
     Raises:
-        OSError: it can't be read.
+        OSError: It can't be read.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         with open(path, "rb") as file:
             self.size = os.fstat(file.fileno()).st_size
             # An empty file can't be mapped, and has nothing to read.
@@ -51,7 +51,16 @@ class MappedFile:
             return whole[offset : offset + length]
 
     def tensor(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
-        """A tensor [count] over the file's bytes, not to be written to."""
+        """A tensor over the file's bytes.
+
+        Args:
+            offset: In bytes, of the first element.
+            count: Of elements.
+            dtype: Of the elements.
+
+        Returns:
+            [count], not to be written to.
+        """
         if count == 0:
             return torch.empty(0, dtype=dtype)
         if offset % dtype.itemsize == 0:
@@ -60,7 +69,7 @@ class MappedFile:
         return torch.frombuffer(bytearray(self.view(offset, count * dtype.itemsize)), dtype=dtype)
 
     def crc32(self, offset: int, length: int) -> int:
-        """CRC-32 of a range."""
+        """CRC-32 of a range of bytes, whose pages are released."""
         crc = 0
         for start in range(offset, offset + length, _BLOCK):
             end = min(start + _BLOCK, offset + length)
@@ -70,13 +79,18 @@ class MappedFile:
         return crc
 
     def prefetch(self, offset: int, length: int) -> None:
-        """Let the system read a range while this process does something else."""
+        """Let the system read a range of bytes while this process does something else."""
         begin = offset - offset % mmap.PAGESIZE
         if begin < self.size and hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_WILLNEED, begin, min(offset + length, self.size) - begin)
 
     def release(self, offset: int = 0, length: int | None = None) -> None:
-        """Take pages out of this process's memory; they are read again when needed."""
+        """Take pages out of this process's memory; they are read again when needed.
+
+        Args:
+            offset: In bytes.
+            length: In bytes; None for all that follow.
+        """
         length = self.size - offset if length is None else length
         begin = offset - offset % mmap.PAGESIZE
         if self.size and hasattr(self._map, "madvise"):
@@ -84,19 +98,23 @@ class MappedFile:
 
 
 class MappedFiles:
-    """The files of a folder, mapped when they are first asked for. Threads may share it."""
+    """The files of a folder, mapped when they are first asked for. Threads may share it.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: The folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, MappedFile] = {}
         self._used = 0
         self._lock = threading.Lock()
 
     def get(self, name: str) -> MappedFile:
-        """A file.
+        """The file of that name.
 
         Raises:
-            OSError: it can't be read.
+            OSError: It can't be read.
         """
         with self._lock:
             if name not in self._files:
@@ -104,7 +122,7 @@ class MappedFiles:
             return self._files[name]
 
     def used(self, num_bytes: int) -> None:
-        """Tell that so much is about to be read: now and then the pages of before are let go of.
+        """Count what is about to be read; now and then release the pages of what was.
 
         They count as the process's memory, though the system could take them back.
         """

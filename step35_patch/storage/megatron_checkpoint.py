@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from step35_patch.config.model import Step35Config
 from step35_patch.settings import GATE_LAYOUTS
-from step35_patch.storage.hf_folder import DTYPES, CheckpointError
+from step35_patch.storage.errors import CheckpointError
+from step35_patch.storage.hf_folder import DTYPES
 from step35_patch.storage.torch_dist import TorchDistFolder
 from step35_patch.tensors.megatron import (
     Box,
@@ -33,31 +35,39 @@ class MegatronCheckpoint:
     Only the weights' own bytes are read: an optimizer's state is left alone.
 
     Args:
-        path: what Megatron's --load takes, or the folder of one iteration.
-        config: of its model.
-        average_gate: take the mean of an `expanded` gate's rows of a head where they differ,
+        path: What Megatron's --load takes, or the folder of one iteration.
+        config: Of its model.
+        average_gate: Take the mean of an `expanded` gate's rows of a head where they differ,
             in fp32; they are refused otherwise.
 
     Attributes:
-        folder: the files.
-        gate_layout: found from the shapes.
-        dtype: of all weights but the routers' biases.
-        absent: published names that it lacks because it has fewer MTP layers than the config.
+        config: Of its model.
+        average_gate: Whether the mean of a gate's rows is taken.
+        folder: The files.
+        gate_layout: `"headwise"` or `"expanded"`, found from the shapes.
+        dtype: Of all weights but the routers' biases.
+        runs: For each published name, where its elements are in the checkpoint.
+        absent: Published names that it lacks because it has fewer MTP layers than the config.
 
     Raises:
-        CheckpointError: tensors or files are missing, unexpected, misshapen, of several dtypes,
-            truncated or damaged, as far as this shows without reading the weights; or it says that
-            it is of another config. All problems are listed.
+        CheckpointError: Tensors or files are missing, unexpected, truncated or damaged, tensors
+            have another shape or dtype, as far as this shows without reading the weights; or the
+            checkpoint says that it is of another config. All problems are listed.
     """
 
     def __init__(
-        self, path: str | os.PathLike, config: Step35Config, *, average_gate: bool = False
-    ):
+        self,
+        path: str | os.PathLike[str],
+        config: Step35Config,
+        *,
+        average_gate: bool = False,
+    ) -> None:
         self.config, self.average_gate = config, average_gate
         self._shapes = {info.name: info.shape for info in published_tensors(config)}
         self.folder = TorchDistFolder(path)
         problems = self._other_config()
         self.gate_layout = self._find_gate_layout()
+        self.dtype = self._find_dtype(problems)
         tensors = megatron_tensors(config, self.gate_layout)
         untrained = self._untrained_mtp(tensors)
         runs = published_runs(tensors)
@@ -75,6 +85,8 @@ class MegatronCheckpoint:
         found = getattr(args, "step35_fingerprint", None)
         if found in (None, self.config.fingerprint):
             return []
+        if not isinstance(found, str):
+            found = reprlib.repr(found)
         return [f"config: expected fingerprint {self.config.fingerprint}, found {found}"]
 
     def _find_gate_layout(self) -> str:
@@ -97,12 +109,18 @@ class MegatronCheckpoint:
             keys |= {tensor.key for tensor in tensors if tensor.key.startswith(prefixes)}
         return keys
 
+    def _find_dtype(self, problems: list[str]) -> torch.dtype:
+        """The dtype of the embedding, which all other weights must have too."""
+        embedding = self.folder.tensors.get("embedding.word_embeddings.weight")
+        if embedding is None:  # which `_compare` reports
+            return torch.float32
+        if embedding.dtype not in DTYPES.values():
+            expected = "one of " + ", ".join(DTYPES)
+            problems.append(f"{embedding.key}: dtype {embedding.dtype}, expected {expected}")
+        return embedding.dtype
+
     def _compare(self, tensors: tuple[MegatronTensor, ...]) -> list[str]:
         stored, problems = self.folder.tensors, []
-        embedding = stored.get("embedding.word_embeddings.weight")
-        self.dtype = embedding.dtype if embedding is not None else torch.float32
-        if self.dtype not in DTYPES.values():
-            problems.append(f"{embedding.key}: dtype {self.dtype}, expected {_one_of(DTYPES)}")
         for tensor in tensors:
             if (found := stored.get(tensor.key)) is None:
                 problems.append(f"{tensor.key}: missing")
@@ -128,7 +146,18 @@ class MegatronCheckpoint:
         return self.folder.files()
 
     def block(self, run: Run, box: Box) -> Tensor:
-        """The published elements of a run: [elements], over the mapped file where possible."""
+        """The published elements of a run, over the mapped file where possible.
+
+        Args:
+            run: Consecutive elements of a published tensor.
+            box: Where the checkpoint has them.
+
+        Returns:
+            [elements], not to be written to.
+
+        Raises:
+            CheckpointError: The bytes are damaged.
+        """
         stored = self._rows(box)
         if run.repeat == 1:
             return stored
@@ -147,7 +176,7 @@ class MegatronCheckpoint:
         """Read the gates of an `expanded` checkpoint, and raise if rows of a head differ.
 
         Raises:
-            DriftedGateError: with the largest difference for each layer that has one.
+            DriftedGateError: They do; it has the largest difference of each layer.
         """
         drifted = []
         for name, pairs in self.runs.items():
@@ -171,6 +200,17 @@ class MegatronCheckpoint:
         """A published tensor, or the part that `index` selects along its first dimension.
 
         Of a drifted gate it is the first row of each head, or the mean: see `refuse_drifted_gates`.
+
+        Args:
+            name: Its published name.
+            index: Nothing, or one position or range of step 1.
+
+        Returns:
+            The tensor on the CPU, without the first dimension if a position was given.
+
+        Raises:
+            CheckpointError: The bytes are damaged.
+            ValueError: A range has another step.
         """
         pairs = self.runs[name]
         shape = self._shapes[name]
@@ -186,7 +226,3 @@ class MegatronCheckpoint:
         ]
         whole = torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype)
         return whole.view(shape[1:] if isinstance(rows, int) else (-1, *shape[1:]))
-
-
-def _one_of(names) -> str:
-    return "one of " + ", ".join(names)

@@ -1,14 +1,14 @@
-"""Large outputs that appear whole or not at all, and go on where a killed run stopped.
+"""Large outputs that appear whole or not at all, and resume where a killed run stopped.
 
 The output of `name` is built in `.name.converting` beside it:
 
-    lock        held with flock by the run that writes; the system lets go of it if the run dies
-    plan.json   what the output is made of; other contents make what is staged worthless
-    done/       for each finished file its notes (size and CRC-32 among them) and their CRC-32
-    out/        the output; a file that is not finished ends in .partial
-    old/        the former output, for the moment in which it is replaced; then removed/
+    lock        held with flock by the run that writes; the system releases it if the run dies
+    plan.json   what determines the output; what was staged under another is discarded
+    done/       for each finished file its notes (with its size and CRC-32) and their CRC-32
+    out/        the output; unfinished files end in .partial
+    old/        the former output while it is being replaced; then removed/
 
-When all is there, `out` is renamed to `name` and the rest is removed.
+When it is complete, `out` is renamed to `name` and the rest is removed.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Buffer, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
+from step35_patch.storage.errors import OutputBusyError
 from step35_patch.storage.mapped import MappedFile
-
-
-class OutputBusyError(RuntimeError):
-    """Another run is writing the same output."""
 
 
 class SummedFile:
     """A file being written, with the CRC-32 of what it holds.
 
+    Args:
+        file: What it is written to.
+
     Attributes:
-        size: bytes so far.
-        crc: of them.
+        size: Bytes so far.
+        crc: The CRC-32 of them.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO) -> None:
         self._file, self.size, self.crc = file, 0, 0
 
-    def write(self, data: Any) -> int:
-        """Append bytes."""
+    def write(self, data: Buffer) -> int:
+        """Append bytes; returns how many."""
         self.crc = zlib.crc32(data, self.crc)
         written = self._file.write(data)
         self.size += written
@@ -54,36 +54,42 @@ class SummedFile:
 
 
 class Staging:
-    """One output on its way; a context manager.
+    """One output in the making; a context manager.
 
     Args:
-        target: the folder to be made.
-        plan: what determines its contents, as JSON can hold it.
-        overwrite: whether a folder at `target` may be replaced.
-        markers: names of files of which such a folder has one; another is never replaced.
+        target: The folder to be made.
+        plan: What determines its contents, as JSON can hold it.
+        overwrite: Whether a folder at `target` may be replaced.
+        markers: Names of files of which such a folder has one; another is never replaced.
 
     Attributes:
-        out: the folder to become the target.
-        resumed: whether files of an earlier run with the same plan are there.
-        discarded: whether files of an earlier run with another plan were removed.
-        published: whether `out` has become the target.
+        target: The folder to be made.
+        overwrite: Whether a folder at `target` may be replaced.
+        folder: The folder in which it is built.
+        out: The folder to become the target.
+        resumed: Whether files of an earlier run with the same plan are there.
+        discarded: Whether files of an earlier run with another plan were removed.
+        published: Whether `out` has become the target.
 
     Raises:
         FileExistsError: `target` exists and may not be replaced.
-        OutputBusyError: another run is at it.
-        OSError: the place can't be written to.
+        OutputBusyError: Another run is writing it.
+        OSError: The place can't be written to.
     """
 
-    def __init__(self, target: Path, plan: Any, *, overwrite: bool, markers: tuple[str, ...]):
+    def __init__(
+        self, target: Path, plan: Any, *, overwrite: bool, markers: tuple[str, ...]
+    ) -> None:
         self.target, self.overwrite, self._markers = target, overwrite, markers
         self._plan = json.dumps(plan, indent=1, sort_keys=True).encode()
         self.folder = staging_path(target)
         self.out, self._done, self._old = (self.folder / n for n in ("out", "done", "old"))
         self.resumed = self.discarded = self.published = False
+        self._locked: int | None = None
 
-    def __enter__(self) -> Staging:
+    def __enter__(self) -> Self:
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._lock()
+        self._locked = self._lock()
         try:
             self._restore()
             check_target(self.target, self.overwrite, self._markers)
@@ -104,11 +110,13 @@ class Staging:
             raise
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        """Let go; what is finished stays for the next run."""
+    def __exit__(self, *exception: object) -> None:
+        """Release the lock; what is finished stays for the next run."""
         if not self.published and not self._old.exists() and not self.keeps_files:
             self._remove()
-        os.close(self._descriptor)
+        if self._locked is not None:
+            os.close(self._locked)
+            self._locked = None
 
     def _remove(self) -> None:
         """Remove the folder, its lock last: another run may begin as soon as that is gone."""
@@ -121,7 +129,8 @@ class Staging:
         with contextlib.suppress(OSError):  # the other run's by now
             self.folder.rmdir()
 
-    def _lock(self) -> None:
+    def _lock(self) -> int:
+        """Take the lock; returns its file's descriptor."""
         while True:
             self.folder.mkdir(exist_ok=True)
             try:
@@ -132,8 +141,7 @@ class Staging:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # The run that held it may have removed the file meanwhile.
                 if os.fstat(descriptor).st_ino == os.stat(self.folder / "lock").st_ino:
-                    self._descriptor = descriptor
-                    return
+                    return descriptor
             except BlockingIOError:
                 os.close(descriptor)
                 raise OutputBusyError(
@@ -145,7 +153,7 @@ class Staging:
             os.close(descriptor)
 
     def _restore(self) -> None:
-        """Undo a replacement that was cut short, or end one that was not."""
+        """Undo a replacement that was cut short, or finish one that was as good as done."""
         if self._old.exists():
             if self.target.exists():
                 self._remove_old()
@@ -153,7 +161,7 @@ class Staging:
                 self._old.rename(self.target)
 
     def _remove_old(self) -> None:
-        """Remove the former output, under another name: half of it must not be restored."""
+        """Remove the former output, renamed first: half of it must never be restored."""
         removed = self.folder / "removed"
         shutil.rmtree(removed, ignore_errors=True)
         self._old.rename(removed)
@@ -166,20 +174,24 @@ class Staging:
 
     @property
     def keeps_files(self) -> bool:
-        """Whether there is something for the next run to take up."""
+        """Whether there is something from which the next run can resume."""
         return any(self._done.glob("**/*.json"))
 
     def claims(self, name: str) -> bool:
-        """Whether an earlier run says that it finished a file, without a look at its bytes."""
+        """Whether an earlier run noted that it finished a file, without a look at its bytes."""
         return (self._done / f"{name}.json").exists()
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        """The notes of a file that an earlier run finished; None if it is not there as it was."""
+        """The notes of a file that an earlier run finished.
+
+        Returns:
+            The notes; None if the file is missing or is not as it was, and then it is removed.
+        """
         try:
             crc, text = (self._done / f"{name}.json").read_bytes().split(b"\n", 1)
             if zlib.crc32(text) != int(crc):
                 raise ValueError("damaged")
-            notes = json.loads(text)
+            notes: dict[str, Any] = json.loads(text)
             file = MappedFile(self.out / name)
             if (file.size, file.crc32(0, file.size)) == (notes["size"], notes["crc32"]):
                 return notes
@@ -194,8 +206,12 @@ class Staging:
         """A file of the output to be written; it counts as finished when the block ends well.
 
         Args:
-            name: its path in the output.
-            notes: kept for `finished`, as they are at the end of the block.
+            name: Its path in the output.
+            notes: Kept for `finished`, as they are at the end of the block; its size and CRC-32 are
+                added.
+
+        Raises:
+            OSError: It can't be written.
         """
         with _whole(self.out / name) as raw:
             file = SummedFile(raw)
@@ -206,12 +222,22 @@ class Staging:
             raw.write(b"%d\n%s" % (zlib.crc32(text), text))
 
     def small_file(self, name: str, data: bytes) -> None:
-        """Write a file that is made anew by each run."""
+        """Write a file that each run makes anew.
+
+        Args:
+            name: Its path in the output.
+            data: All that it holds.
+        """
         with _whole(self.out / name) as raw:
             raw.write(data)
 
     def publish(self) -> None:
-        """Make `out` the target, and remove everything else."""
+        """Make `out` the target, and remove everything else.
+
+        Raises:
+            FileExistsError: There is something at the target by now that may not be replaced.
+            OSError: It can't be moved; a former output is back in its place.
+        """
         check_target(self.target, self.overwrite, self._markers)
         _sync_folders(self.out)
         if self.target.exists():
@@ -219,7 +245,7 @@ class Staging:
         try:
             self.out.rename(self.target)
         except BaseException:
-            if not self.out.exists():  # interrupted right behind it
+            if not self.out.exists():  # interrupted right after it
                 self.published = True
             else:
                 self._restore()
@@ -237,7 +263,16 @@ def staging_path(target: Path) -> Path:
 
 
 def check_target(target: Path, overwrite: bool, markers: tuple[str, ...]) -> None:
-    """Raise FileExistsError if there is something at `target` that may not be replaced."""
+    """Refuse a target that there is already and that may not be replaced.
+
+    Args:
+        target: The folder to be made.
+        overwrite: Whether a folder of ours may be replaced.
+        markers: Names of files of which such a folder has one.
+
+    Raises:
+        FileExistsError: There is something, and it may not be replaced.
+    """
     if not target.exists() and not target.is_symlink():
         return
     if not overwrite:
@@ -246,8 +281,8 @@ def check_target(target: Path, overwrite: bool, markers: tuple[str, ...]) -> Non
         )
     if target.is_symlink() or not any((target / name).exists() for name in markers):
         raise FileExistsError(
-            f"{target}: expected a folder with {' or '.join(markers)} to overwrite, found something "
-            "else; remove it yourself, or choose another output"
+            f"{target}: expected a folder with {' or '.join(markers)} to overwrite, found "
+            "something else; remove it yourself, or choose another output"
         )
     if training := sorted(path.name for path in target.glob("iter_*")):
         raise FileExistsError(
@@ -258,7 +293,7 @@ def check_target(target: Path, overwrite: bool, markers: tuple[str, ...]) -> Non
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written, which is at `path` once it is whole and on the disk."""
+    """A file to be written, which appears at `path` once it is whole and on the disk."""
     partial = path.with_name(f"{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

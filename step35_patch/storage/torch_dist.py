@@ -1,9 +1,9 @@
 """Megatron's torch_dist checkpoints as files: torch.distributed.checkpoint's, read without trust.
 
 Such a checkpoint is a folder with `.metadata`, a pickle, which says where each chunk of each tensor
-stands, and .distcp files of records, each of them what torch.save writes: a zip archive. Both are
-read as inert data (`torch_archive`). Records are memory-mapped, and an archive's own check sums, which
-torch.load ignores, are compared if it has them.
+is, and .distcp files of records, each of them what torch.save writes: a zip archive. Both are read
+as inert data (`inert_pickle`, `torch_archive`). Records are memory-mapped, and an archive's own
+check sums, which torch.load ignores, are compared if it has them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import contextlib
 import math
 import os
 import pickle
+import reprlib
 import threading
-from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import add, gt, lt, sub
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -31,9 +33,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from step35_patch.storage.hf_folder import CheckpointError
+from step35_patch.storage.errors import CheckpointError
+from step35_patch.storage.inert_pickle import Inert, Named, load_inert
 from step35_patch.storage.mapped import MappedFiles
-from step35_patch.storage.torch_archive import Archive, load_inert, storage_name
+from step35_patch.storage.torch_archive import Archive, storage_name
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
@@ -46,6 +49,8 @@ FORMAT_CONTENT = {
     "common_backend_version": 1,
 }
 
+# What argparse makes of a command line.
+_NAMESPACE = Named("argparse", "Namespace")
 # Records that are opened at a time, and the bytes at each end of one that opening it looks at.
 _AT_ONCE, _END = 512, 4096
 
@@ -61,7 +66,13 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class StoredChunk:
-    """A box of a stored tensor, and its record."""
+    """A box of a stored tensor, and its record.
+
+    Attributes:
+        offsets: Where the box begins, along each dimension.
+        sizes: Of the box.
+        place: Of its record.
+    """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -70,7 +81,14 @@ class StoredChunk:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of a checkpoint, in chunks."""
+    """A tensor of a checkpoint, in chunks.
+
+    Attributes:
+        key: Its name there.
+        shape: Of the whole tensor.
+        dtype: Of its elements.
+        chunks: Which together make it up.
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -92,17 +110,17 @@ class TorchDistFolder:
     """The tensors of a torch_dist checkpoint.
 
     Args:
-        path: the folder of an iteration, or one with latest_checkpointed_iteration.txt.
+        path: The folder of an iteration, or one with latest_checkpointed_iteration.txt.
 
     Attributes:
-        path: the folder of the iteration.
-        tensors: by key; nothing of them has been read.
+        path: The folder of the iteration.
+        tensors: By key; nothing of them has been read.
 
     Raises:
-        CheckpointError: it is not such a folder, or its metadata is damaged or leaves the folder.
+        CheckpointError: It is not such a folder, or its metadata is damaged or leaves the folder.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = _iteration_folder(Path(path))
         self._bytes: dict[str, _Place] = {}
         self.tensors = self._read_metadata()
@@ -117,30 +135,29 @@ class TorchDistFolder:
         try:
             metadata = load_inert(file.read_bytes())
             places = {
-                (index.fqn, getattr(index, "offset", None)): _place(index.fqn, info)
+                _index(index): _place(index.fqn, info)
                 for index, info in metadata.storage_data.items()
             }
             tensors = {}
             for key, entry in metadata.state_dict_metadata.items():
+                if not isinstance(key, str):
+                    raise TypeError(f"expected a key, found {reprlib.repr(key)}")
                 if not hasattr(entry, "chunks"):
                     self._bytes[key] = places[key, None]
                     continue
                 dimensions = len(entry.size)
-                chunks = tuple(
-                    StoredChunk(
-                        _numbers(key, chunk.offsets, dimensions),
-                        _numbers(key, chunk.sizes, dimensions),
-                        places[key, chunk.offsets],
-                    )
-                    for chunk in entry.chunks
-                )
+                chunks = []
+                for chunk in entry.chunks:
+                    offsets = _numbers(key, chunk.offsets, dimensions)
+                    sizes = _numbers(key, chunk.sizes, dimensions)
+                    chunks.append(StoredChunk(offsets, sizes, places[key, offsets]))
                 dtype = entry.properties.state[0]  # TensorProperties pickles itself as a tuple
                 tensors[key] = StoredTensor(
-                    key, _numbers(key, entry.size, dimensions), dtype, chunks
+                    key, _numbers(key, entry.size, dimensions), dtype, tuple(chunks)
                 )
         except FileNotFoundError:
             raise CheckpointError(self.path, [f"{METADATA}: missing"]) from None
-        except Exception as error:  # a damaged pickle can raise anything
+        except Exception as error:  # it can describe anything
             problem = f"{METADATA}: not readable as a torch_dist checkpoint's: {error!r}"
             raise CheckpointError(self.path, [problem]) from error
         named = {place.file for place in places.values()}
@@ -151,8 +168,12 @@ class TorchDistFolder:
             raise CheckpointError(self.path, problems)
         return tensors
 
-    def common_args(self) -> Namespace | None:
-        """The arguments of the run that wrote it, as far as they are plain data."""
+    def common_args(self) -> Inert | None:
+        """The arguments of the run that wrote it, as attributes; None if it has none.
+
+        Raises:
+            CheckpointError: The file or record that has them is damaged.
+        """
         try:
             if (file := self.path / COMMON).exists():
                 state = Archive(memoryview(file.read_bytes())).object()
@@ -163,11 +184,11 @@ class TorchDistFolder:
                 return None
             if not isinstance(state, dict):
                 raise TypeError(f"expected a dictionary, found {type(state).__name__}")
-        except Exception as error:  # a damaged pickle can raise anything
+        except Exception as error:  # it can be anything
             problem = f"the common state is not readable: {error!r}"
             raise CheckpointError(self.path, [problem]) from error
         args = state.get("args")
-        return args if isinstance(args, Namespace) else None
+        return args if isinstance(args, Inert) and args.made_by == _NAMESPACE else None
 
     @property
     def has_sums(self) -> bool:
@@ -180,9 +201,16 @@ class TorchDistFolder:
         return [self.path / METADATA, *(self.path / name for name in sorted(names))]
 
     def open(self, keys: Iterable[str]) -> list[str]:
-        """Find the tensors' bytes in their records; returns what is wrong, with file and key."""
+        """Find the tensors' bytes in their records, without reading them.
+
+        Args:
+            keys: Of tensors that are there.
+
+        Returns:
+            What is wrong, with file and key.
+        """
         problems: dict[str, None] = {}
-        chunks = []
+        chunks: list[tuple[StoredTensor, StoredChunk]] = []
         for key in keys:
             tensor = self.tensors[key]
             if not _make_up(tensor):
@@ -221,7 +249,7 @@ class TorchDistFolder:
             member, start = archive.find(f"data/{name}")
         except ValueError:
             raise
-        except Exception as error:  # a damaged pickle can raise anything
+        except Exception as error:  # it can be anything
             raise ValueError(f"damaged record: {error!r}") from error
         size = math.prod(chunk.sizes) * tensor.dtype.itemsize
         if member.file_size != size or start + size > place.length:
@@ -230,30 +258,38 @@ class TorchDistFolder:
         return _Payload(place.file, place.offset + start, size, crc)
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """The box of a tensor; a view of the mapped file where one chunk has it in one piece.
+        """A box of a tensor; a view of the mapped file where one chunk has it in one piece.
+
+        Args:
+            key: Of a tensor that has been opened.
+            offsets: Where the box begins, along each dimension.
+            sizes: Of the box.
+
+        Returns:
+            The elements, of shape `sizes` and the tensor's dtype; not to be written to.
 
         Raises:
-            CheckpointError: a record's bytes have not the check sum that was written with them.
+            CheckpointError: A record's bytes do not have the check sum written with them.
         """
         tensor = self.tensors[key]
         # Experts are most chunks of a checkpoint and are read by the chunk: no search for them.
         if (exact := self._boxes.get((key, offsets, sizes))) is not None:
             return self._chunk(key, exact, tensor.dtype)
-        result = None
+        ends = _ends(offsets, sizes)
+        result: Tensor | None = None
         for chunk in tensor.chunks:
-            low = [max(a, b) for a, b in zip(offsets, chunk.offsets)]
-            high = [
-                min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes)
-            ]
-            if any(a >= b for a, b in zip(low, high)):
+            low = tuple(map(max, offsets, chunk.offsets))
+            high = tuple(map(min, ends, _ends(chunk.offsets, chunk.sizes)))
+            if not all(map(lt, low, high)):
                 continue
-            inside = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets))
-            part = self._chunk(key, chunk, tensor.dtype)[inside]
-            if part.shape == torch.Size(sizes) and part.is_contiguous():
+            part = self._chunk(key, chunk, tensor.dtype)[_slices(low, high, chunk.offsets)]
+            if part.shape == sizes and part.is_contiguous():
                 return part
             if result is None:
                 result = torch.empty(sizes, dtype=tensor.dtype)
-            result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets))] = part
+            result[_slices(low, high, offsets)] = part
+        if result is None:
+            raise ValueError(f"{key}: nothing of it at {offsets}, {sizes}")
         return result
 
     def _chunk(self, key: str, chunk: StoredChunk, dtype: torch.dtype) -> Tensor:
@@ -279,26 +315,44 @@ def _make_up(tensor: StoredTensor) -> bool:
     """Whether the chunks of a tensor cover it, without overlap."""
     if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.shape):
         return False
-    boxes = sorted(
-        tuple(zip(chunk.offsets, (o + n for o, n in zip(chunk.offsets, chunk.sizes))))
-        for chunk in tensor.chunks
-    )
-    for number, box in enumerate(boxes):
-        if any(high > size for (_, high), size in zip(box, tensor.shape)):
+    boxes = sorted((chunk.offsets, _ends(chunk.offsets, chunk.sizes)) for chunk in tensor.chunks)
+    for number, (start, end) in enumerate(boxes):
+        if any(map(gt, end, tensor.shape)):
             return False
-        for other in boxes[number + 1 :]:
-            if other[0][0] >= box[0][1]:
-                break  # nor do those behind it reach back
-            if all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(box, other)):
+        for other_start, other_end in boxes[number + 1 :]:
+            if other_start[0] >= end[0]:
+                break  # nor do those that follow reach back
+            if all(map(lt, map(max, start, other_start), map(min, end, other_end))):
                 return False
     return True
 
 
+def _ends(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(map(add, offsets, sizes))
+
+
+def _slices(
+    low: tuple[int, ...], high: tuple[int, ...], origin: tuple[int, ...]
+) -> tuple[slice, ...]:
+    """The box from `low` to `high`, as seen from `origin`."""
+    return tuple(map(slice, map(sub, low, origin), map(sub, high, origin)))
+
+
+def _index(index: Any) -> tuple[str, tuple[int, ...] | None]:
+    """The key of a tensor or object, and where in the tensor a chunk begins."""
+    key, offset = index.fqn, getattr(index, "offset", None)
+    if not isinstance(key, str):
+        raise ValueError(f"expected a key, found {reprlib.repr(key)}")
+    return key, None if offset is None else _numbers(key, offset, len(offset))
+
+
 def _place(key: str, info: Any) -> _Place:
-    if getattr(info, "transform_descriptors", None):
-        raise ValueError(f"{key}: transformed by {info.transform_descriptors}, expected as it is")
+    # Shown cut: written out, what a pickle describes can be larger than any memory.
+    if transforms := getattr(info, "transform_descriptors", None):
+        raise ValueError(f"{key}: transformed by {reprlib.repr(transforms)}, expected as it is")
     if not isinstance(info.relative_path, str):
-        raise ValueError(f"{key}: expected a file's name, found {info.relative_path!r}")
+        found = reprlib.repr(info.relative_path)
+        raise ValueError(f"{key}: expected a file's name, found {found}")
     return _Place(info.relative_path, *_numbers(key, (info.offset, info.length), 2))
 
 
@@ -309,12 +363,12 @@ def _numbers(key: str, values: Any, count: int) -> tuple[int, ...]:
         or len(values) != count
         or not all(type(number) is int and number >= 0 for number in values)
     ):
-        raise ValueError(f"{key}: expected {count} whole numbers, found {values!r}")
+        raise ValueError(f"{key}: expected {count} whole numbers, found {reprlib.repr(values)}")
     return values
 
 
 def _overlapping(tensors: Iterable[StoredTensor]) -> list[str]:
-    """What is wrong with records that reach into others, or stand for two chunks."""
+    """What is wrong with records that reach into others, or serve two chunks."""
     ordered = sorted(
         (
             (chunk.place.file, chunk.place.offset, chunk.place.length, tensor.key)
@@ -325,9 +379,7 @@ def _overlapping(tensors: Iterable[StoredTensor]) -> list[str]:
     return list(
         dict.fromkeys(
             f"{one}: in {file}: its record overlaps one of {other}"
-            for (file, start, length, one), (next_file, next_start, _, other) in zip(
-                ordered, ordered[1:]
-            )
+            for (file, start, length, one), (next_file, next_start, _, other) in pairwise(ordered)
             if file == next_file and start + length > next_start
         )
     )
@@ -361,11 +413,12 @@ def _iteration_folder(path: Path) -> Path:
 # --- Writing ------------------------------------------------------------------------------------
 
 
-def save_record(tensor: Tensor, file: Any) -> None:
+def save_record(tensor: Tensor, file: IO[bytes]) -> None:
     """Write one chunk's record, as torch.distributed.checkpoint does.
 
     Args:
-        tensor: contiguous; its storage may be larger, of which torch.save would write all.
+        tensor: Contiguous; its storage may be larger, of which torch.save would write all.
+        file: What it is appended to.
     """
     size = tensor.numel() * tensor.element_size()
     if tensor.untyped_storage().nbytes() != size:
@@ -375,7 +428,14 @@ def save_record(tensor: Tensor, file: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class WrittenTensor:
-    """A tensor for the metadata: its chunks as (offsets, sizes, (file, offset, length))."""
+    """A tensor for the metadata.
+
+    Attributes:
+        key: Its name.
+        shape: Of the whole tensor.
+        dtype: Of its elements.
+        chunks: Each as (offsets, sizes, (file, offset, length)).
+    """
 
     key: str
     shape: tuple[int, ...]
@@ -386,7 +446,12 @@ class WrittenTensor:
 def metadata_bytes(
     tensors: Iterable[WrittenTensor], objects: Iterable[tuple[str, tuple[str, int, int]]]
 ) -> bytes:
-    """The .metadata of a checkpoint with these tensors, and objects in records of their own."""
+    """The .metadata of a checkpoint.
+
+    Args:
+        tensors: All tensors.
+        objects: All that has a record of its own and is no tensor: key and (file, offset, length).
+    """
     entries: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for tensor in tensors:
@@ -396,7 +461,7 @@ def metadata_bytes(
         ]
         properties = TensorProperties(dtype=tensor.dtype)
         entries[tensor.key] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
-        for chunk, (_, _, place) in zip(chunks, tensor.chunks):
+        for chunk, (_, _, place) in zip(chunks, tensor.chunks, strict=True):
             storage[MetadataIndex(tensor.key, chunk.offsets)] = _StorageInfo(*place)
     for key, place in objects:
         entries[key] = BytesStorageMetadata()

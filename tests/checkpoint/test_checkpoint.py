@@ -13,7 +13,8 @@ from support.reference import random_weights, tiny_config, write_hf_folder
 
 from step35_patch import Step35Config
 from step35_patch.checkpoint import load_hf_weights, save_hf_weights
-from step35_patch.storage.hf_folder import INDEX, CheckpointError
+from step35_patch.storage.errors import CheckpointError
+from step35_patch.storage.hf_folder import INDEX
 from step35_patch.tensors.qkv import DriftedGateError, pack_qkv, unpack_qkv
 
 pytestmark = pytest.mark.megatron

@@ -25,7 +25,8 @@ from step35_patch import Step35Config
 from step35_patch.cli import main
 from step35_patch.convert import Options, convert_to_hf, convert_to_megatron
 from step35_patch.convert.progress import Progress
-from step35_patch.storage.hf_folder import INDEX, CheckpointError
+from step35_patch.storage.errors import CheckpointError
+from step35_patch.storage.hf_folder import INDEX
 from step35_patch.tensors.megatron import extra_states, megatron_tensors, published_runs
 from step35_patch.tensors.published import published_tensors
 from step35_patch.tensors.qkv import DriftedGateError

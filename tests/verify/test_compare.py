@@ -25,7 +25,8 @@ from support.reference import (
 
 from step35_patch import Step35Config
 from step35_patch.cli import main
-from step35_patch.storage.hf_folder import INDEX, CheckpointError, HfFolder
+from step35_patch.storage.errors import CheckpointError
+from step35_patch.storage.hf_folder import INDEX, HfFolder
 from step35_patch.tensors.published import layer_tensors, published_tensors
 from step35_patch.verify import api as command
 from step35_patch.verify.api import ReferenceMissingError, compare, largest_weights, sequence_length
