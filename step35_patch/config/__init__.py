@@ -1,7 +1,7 @@
 """The Hugging Face config: read, checked as a whole, and resolved into one plan for each layer.
 
-Nothing in this room knows torch or Megatron-Core. pydantic is loaded with the first of the names
-below, so that a layer's plan and a config's problems can be had without it.
+Nothing here knows torch or Megatron-Core. pydantic is loaded with the first use of `Step35Config`,
+so that a layer's plan and a config's problems can be had without it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Other spellings of a Step-3.5 config, brought to the published one.
+"""Other spellings of a Step-3.5 config, translated to the published one.
 
 A multimodal config holds the language model's fields in `text_config`, and transformers has
 names of its own for some of them (`attribute_map` of its `Step3p7TextConfig`). Standard library
@@ -30,10 +30,17 @@ _NEAR_ENOUGH_TO_BE_MEANT = 0.9
 
 
 def unwrap(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, list[ConfigProblem]]:
-    """The language model's fields of `data`, the prefix of their names, and what is wrong.
+    """Take the language model's fields out of a multimodal config; others stay as they are.
 
-    Of a multimodal config only `text_config` counts: no field of the outer object is read,
-    except `model_type`, which must be Step's if it is there.
+    Of a multimodal config only `text_config` counts: no field of the outer object is read except
+    `model_type`, which must be Step's if it is there.
+
+    Args:
+        data: The config, otherwise unchecked.
+
+    Returns:
+        The fields, the prefix of their names in the file (`"text_config."` or empty), and what is
+        wrong with the outer object.
     """
     if _WRAPPER not in data:
         return data, "", []
@@ -51,18 +58,18 @@ def unwrap(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, list[Config
 def canonical(
     data: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, str], list[ConfigProblem]]:
-    """Bring a config's fields to the published form.
+    """Translate a config's fields to the published form.
 
     Args:
-        data: The fields as they stand in the file, lists as tuples, otherwise unchecked.
+        data: The fields as the file has them, lists as tuples, otherwise unchecked.
 
     Returns:
-        The fields under the published names; for each whose name in the file is another, that
+        The fields under the published names; for each that has another name in the file, that
         name; and the problems, such as two spellings with different values.
     """
     fields = {name: value for name, value in data.items() if name not in ALIASES}
     origins: dict[str, str] = {}
-    problems = []
+    problems: list[ConfigProblem] = []
     for alias, name in ALIASES.items():
         if alias not in data:
             continue
@@ -86,10 +93,14 @@ def canonical(
 
 
 def misspelt_names(data: Mapping[str, Any], fields: Collection[str]) -> dict[str, str]:
-    """For each missing one of `fields`, the unknown name in `data` that can only be meant for it.
+    """For each missing field, the unknown name that can only be meant for it.
 
-    Other unknown fields are kept: this is for the optional ones, whose absence would otherwise
+    Other unknown names are kept: this is for optional fields, whose absence would otherwise
     quietly mean another model (no clamp, no scaling).
+
+    Args:
+        data: The fields of a config, by name.
+        fields: The names that are known.
     """
     unknown = [name for name in data if name not in fields]
     missing = [name for name in fields if name not in data]

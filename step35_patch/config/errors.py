@@ -17,7 +17,7 @@ _LIST_ENTRY = re.compile(r"(?P<name>.+)\[(?P<index>\d+)\]")
 
 @dataclass(frozen=True, slots=True)
 class ConfigProblem:
-    """One field that is not as it must be.
+    """One field that is wrong.
 
     Attributes:
         field: The field's name; entries as `name[3]` (equal ones together: `name[1-3,5]`),
@@ -39,7 +39,11 @@ class ConfigProblem:
 
 
 class Step35ConfigError(ValueError):
-    """A config that cannot be used, with every problem of it.
+    """A config that cannot be used, with everything that is wrong with it.
+
+    Args:
+        problems: At least one.
+        source: Path of the file, or None for a config that came as a dictionary.
 
     Attributes:
         problems: All problems, in the order of the checks; never empty.
@@ -58,7 +62,11 @@ class Step35ConfigError(ValueError):
 
 
 def found_text(value: object) -> str:
-    """`value` as JSON text on one line, cut to a readable length; other objects by their type."""
+    """A value as a problem shows it: as JSON text on one line, cut to a readable length.
+
+    Args:
+        value: Any value; what is no JSON is named by its type.
+    """
     try:
         text = json.dumps(value)
     except (TypeError, ValueError, RecursionError):
@@ -71,14 +79,22 @@ def found_text(value: object) -> str:
 
 
 def field_text(key: str) -> str:
-    """A key of the file as part of a field's name: as it is, or as JSON text if it is no name."""
+    """A key of the file as part of a field's name.
+
+    Args:
+        key: It stays as it is if it is a name, and is shown as JSON text if not.
+    """
     return key if key.isascii() and key.isidentifier() else found_text(key)
 
 
 def merge_entries(problems: Iterable[ConfigProblem]) -> tuple[ConfigProblem, ...]:
     """Say once what is equally wrong with several entries of a list, as `name[1-3,5]`.
 
-    Exact repeats are dropped; each problem stays where its first entry was.
+    Args:
+        problems: In the order of the checks.
+
+    Returns:
+        Each problem where its first entry was, without repeats.
     """
     merged: dict[tuple[str, ConfigProblem], list[int]] = {}
     for problem in problems:

@@ -18,6 +18,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    GetPydanticSchema,
     PlainSerializer,
     Tag,
     ValidationError,
@@ -31,7 +32,11 @@ from step35_patch.config.layer_plan import LAYER_TYPES, SLIDING_ATTENTION, RopeS
 
 
 def expecting(text: str) -> tuple[Any, ...]:
-    """Annotations that name a type's whole condition in its error, whichever part failed."""
+    """Annotations that name a type's whole condition in its error, whichever part failed.
+
+    Args:
+        text: What is expected.
+    """
 
     def rename(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -43,7 +48,11 @@ def expecting(text: str) -> tuple[Any, ...]:
 
 
 def only(value: Any) -> tuple[Any, ...]:
-    """Annotations of a field for which this package, like the reference, knows one value."""
+    """Annotations of a field for which this package, like the reference, knows one value.
+
+    Args:
+        value: The one value, compared once the field has its type.
+    """
 
     def check(found: Any) -> Any:
         if found != value:
@@ -54,6 +63,21 @@ def only(value: Any) -> tuple[Any, ...]:
     return AfterValidator(check), *expecting(text)
 
 
+def one_of(*names: str) -> tuple[Any, ...]:
+    """Annotations of a field that is one of a few names.
+
+    Args:
+        names: All that are legal.
+    """
+
+    def check(found: str) -> str:
+        if found not in names:
+            raise ValueError
+        return found
+
+    return AfterValidator(check), *expecting(" or ".join(map(found_text, names)))
+
+
 def _split_indices(value: Any) -> Any:
     if not isinstance(value, str):
         return value
@@ -61,12 +85,9 @@ def _split_indices(value: Any) -> Any:
     return tuple(int(e) if re.fullmatch("[0-9]{1,9}", e) else e for e in entries)
 
 
-def number_or_list(number: Any, entry: Any) -> Any:
-    """Either type, told apart beforehand so that an error speaks of the one that was meant."""
-    return Annotated[
-        Annotated[number, Tag("number")] | Annotated[tuple[entry, ...], Tag("list")],
-        Discriminator(lambda value: "list" if isinstance(value, tuple) else "number"),
-    ]
+def _number_or_list(value: Any) -> str:
+    """Which of two types is meant, so that an error speaks of that one alone."""
+    return "list" if isinstance(value, tuple) else "number"
 
 
 PositiveInt = Annotated[int, Field(gt=0), *expecting("a positive integer")]
@@ -81,7 +102,7 @@ Limit = Annotated[float, Field(ge=0), *expecting("a finite number of at least 0,
 Flag = Annotated[bool, *expecting("true or false")]
 TokenId = Annotated[int, *expecting("a token id (an integer), or null")]
 Text = Annotated[str, *expecting("a string")]
-LayerType = Annotated[Literal[LAYER_TYPES], *expecting(" or ".join(map(found_text, LAYER_TYPES)))]
+LayerType = Annotated[str, *one_of(*LAYER_TYPES)]
 Dtype = Annotated[
     Literal["bfloat16", "float16", "float32"], *expecting('"bfloat16", "float16" or "float32"')
 ]
@@ -150,11 +171,17 @@ def _to_rope_scaling(fields: RopeScalingFields | None) -> RopeScaling | None:
 
 
 RopeTheta = Annotated[
-    number_or_list(PositiveFloat, PositiveFloat),
+    Annotated[PositiveFloat, Tag("number")] | Annotated[tuple[PositiveFloat, ...], Tag("list")],
+    Discriminator(_number_or_list),
     Field(description="a positive number, or a list of them, one for each layer"),
 ]
+TokenIds = Annotated[
+    Annotated[TokenId, Tag("number")] | Annotated[tuple[TokenId, ...], Tag("list")],
+    Discriminator(_number_or_list),
+]
 RopeScalingOrNone = Annotated[
-    RopeScalingFields | None,
+    RopeScaling | None,
+    GetPydanticSchema(lambda _, handler: handler(RopeScalingFields | None)),
     BeforeValidator(_without_default_scaling),
     AfterValidator(_to_rope_scaling),
     PlainSerializer(lambda scaling: dataclasses.asdict(scaling) if scaling else None),
@@ -172,7 +199,7 @@ Texts = Annotated[tuple[Text, ...] | None, Field(description="a list of strings,
 NoLayers = Annotated[
     tuple[Any, ...], BeforeValidator(lambda value: () if value is None else value), *only(())
 ]
-NESTED_MODELS = {
+NESTED_MODELS: dict[str, type[StrictModel]] = {
     "attention_other_setting": AttentionOtherSetting,
     "rope_scaling": RopeScalingFields,
 }

@@ -8,7 +8,10 @@ of a cache (one RoPE table for each kind of layer) and equal plans mean equal co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+# Which keys a sliding query sees: see `Step35Config.resolve`.
+Window = Literal["hf", "steptron"]
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
 LAYER_TYPES = (FULL_ATTENTION, SLIDING_ATTENTION)
@@ -33,7 +36,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """Everything that distinguishes one layer of a Step-3.5 model from the next.
+    """All in which one layer of a Step-3.5 model can differ from the next.
 
     Attributes:
         index: Absolute layer index from 0, whatever the pipeline layout; MTP layers follow the

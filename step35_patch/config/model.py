@@ -14,9 +14,10 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -50,22 +51,21 @@ from step35_patch.config.fields import (
     StrictModel,
     Texts,
     TokenId,
-    number_or_list,
+    TokenIds,
     only,
 )
-from step35_patch.config.layer_plan import SLIDING_ATTENTION, LayerPlan
-from step35_patch.config.reading import freeze, json_problems, read_json
-from step35_patch.config.relations import (
-    expand_by_type,
-    expand_layer_types,
-    expand_limits,
-    nearest_layer_type,
-    relation_problems,
+from step35_patch.config.layer_plan import (
+    FULL_ATTENTION,
+    LAYER_TYPES,
+    SLIDING_ATTENTION,
+    LayerPlan,
+    Window,
 )
+from step35_patch.config.layer_values import expand_by_type, expand_layer_types, expand_limits
+from step35_patch.config.reading import freeze, json_problems, read_json
+from step35_patch.config.relations import relation_problems
 
 __all__ = ["Step35Config", "Step35ConfigError", "Window", "packaged_config_path"]
-
-Window = Literal["hf", "steptron"]
 
 
 class Step35Config(StrictModel):
@@ -139,7 +139,7 @@ class Step35Config(StrictModel):
     zero_centered: Annotated[bool, *only(True)] = True
 
     bos_token_id: TokenId | None = None
-    eos_token_id: number_or_list(TokenId, TokenId) | None = None
+    eos_token_id: TokenIds | None = None
     pad_token_id: TokenId | None = None
 
     _source: str = PrivateAttr()
@@ -185,7 +185,10 @@ class Step35Config(StrictModel):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a config.json, or the one in a folder.
+        """Read a config.json.
+
+        Args:
+            path: The file, or a folder that holds it.
 
         Raises:
             Step35ConfigError: The file is missing, not a JSON object, or describes a model that
@@ -202,7 +205,10 @@ class Step35Config(StrictModel):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Check a config that is a dictionary already, wrapped in `text_config` or not.
+        """Check a config that is a dictionary already.
+
+        Args:
+            data: The fields, or a multimodal config with them in `text_config`.
 
         Raises:
             Step35ConfigError: As for `from_pretrained`.
@@ -228,12 +234,18 @@ class Step35Config(StrictModel):
 
         Of a multimodal config it is the `text_config`: what describes this model's weights.
         """
-        return json.loads(self._source)
+        document: dict[str, Any] = json.loads(self._source)
+        return document
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A config with the fields of `update` replaced, checked like any other.
+        """A config with some fields replaced, checked like any other.
 
-        `deep` makes no difference, as nothing in a config can change.
+        Args:
+            update: The new values, by the names that the file has.
+            deep: Makes no difference, as nothing in a config can change.
+
+        Raises:
+            Step35ConfigError: As for `from_pretrained`.
         """
         return type(self)(**{**self.to_dict(), **(update or {})})
 
@@ -267,22 +279,25 @@ class Step35Config(StrictModel):
             expand_limits(values, "swiglu_limits_shared"),
             strict=True,
         )
+        heads = {FULL_ATTENTION: self.num_attention_heads}
+        windows: dict[str, tuple[int, int] | None] = {FULL_ATTENTION: None}
+        # Both are there if there are sliding layers: `relation_problems` has seen to it.
+        if self.attention_other_setting is not None:
+            heads[SLIDING_ATTENTION] = self.attention_other_setting.num_attention_heads
+        if self.sliding_window is not None:
+            windows[SLIDING_ATTENTION] = (self.sliding_window - (window == "hf"), 0)
         plans = []
         for index, (layer_type, base, percent, limit, limit_shared) in enumerate(columns):
-            heads, window_size = self.num_attention_heads, None
-            if layer_type == SLIDING_ATTENTION:
-                heads = self.attention_other_setting.num_attention_heads
-                window_size = (self.sliding_window - (window == "hf"), 0)
             plans.append(
                 LayerPlan(
                     index=index,
                     is_mtp=index >= self.num_hidden_layers,
                     is_moe=index in (self.moe_layers_enum or ()),
                     attention_type=layer_type,
-                    num_attention_heads=heads,
+                    num_attention_heads=heads[layer_type],
                     num_query_groups=self.num_attention_groups,
                     kv_channels=self.head_dim,
-                    window_size=window_size,
+                    window_size=windows[layer_type],
                     rotary_base=base,
                     rotary_percent=percent,
                     rope_scaling=(
@@ -301,7 +316,7 @@ class Step35Config(StrictModel):
         Two spellings of one model have one fingerprint; token ids, dtype, context length and
         unknown fields are not in it.
         """
-        names = _MODEL_FIELDS
+        names: tuple[str, ...] = _MODEL_FIELDS
         if any(plan.is_moe for plan in self.layers):
             names += _MOE_FIELDS
         content = {name: getattr(self, name) for name in names}
@@ -350,8 +365,16 @@ def _problem(details: ErrorDetails, meant: Mapping[str, str]) -> ConfigProblem:
         return ConfigProblem(name, expected, "nothing", "the field is required")
     hint = ""
     if name.startswith(("layer_types[", "yarn_only_types[")):
-        hint = nearest_layer_type(details["input"])
+        hint = _nearest_layer_type(details["input"])
     return ConfigProblem(name, expected, found_text(details["input"]), hint)
+
+
+def _nearest_layer_type(found: object) -> str:
+    """A hint that names the legal layer type closest to `found`, or an empty string."""
+    if not isinstance(found, str):
+        return ""
+    near = get_close_matches(found.lower(), LAYER_TYPES, 1, 0.4)
+    return f'did you mean "{near[0]}"?' if near else ""
 
 
 def _top_name(field: str) -> str:
@@ -365,7 +388,7 @@ def _misspelt(name: str, expected: str, found: str) -> ConfigProblem:
 def _with_spelling(
     problems: list[ConfigProblem], origins: Mapping[str, str]
 ) -> Iterator[ConfigProblem]:
-    """Say under which name a field stands in the file, where that is another than ours."""
+    """Say which name a field has in the file, where that is not the published one."""
     for problem in problems:
         origin = origins.get(_top_name(problem.field))
         if origin:

@@ -1,8 +1,6 @@
-"""From a path to a JSON object: reading config.json, refusing what is not one, unwrapping it.
+"""From a path to an immutable JSON object: reading config.json, and refusing what is none.
 
-Nothing here knows what a field means. What comes out is an immutable copy of a JSON object (or
-the problems that kept it from being one); `Step35Config` reads the fields. Standard library
-only.
+Nothing here knows what a field means: `Step35Config` reads the fields. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ _DEEPEST_NESTING = 64
 _OBJECT = "a JSON object with the fields of a Step-3.5 config"
 
 
-class FrozenDict(dict):
+class FrozenDict(dict[str, Any]):
     """A dictionary that refuses changes; it still serialises, pickles and copies as one."""
 
     def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
@@ -33,24 +31,27 @@ class FrozenDict(dict):
     __setitem__ = __delitem__ = __ior__ = _refuse
     clear = pop = popitem = setdefault = update = _refuse
 
-    def __reduce__(self) -> tuple[type, tuple[dict]]:
+    def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
         return type(self), (dict(self),)
 
     def __copy__(self) -> FrozenDict:
         return self
 
-    def __deepcopy__(self, memo: dict) -> FrozenDict:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenDict:
         return self
 
 
 def read_json(
     path: str | os.PathLike[str],
 ) -> tuple[Path, Any, list[ConfigProblem]]:
-    """Read `path`, a config.json or a folder that holds one.
+    """Read a config.json.
+
+    Args:
+        path: The file, or a folder that holds it.
 
     Returns:
-        The file, its JSON value, and the problems that leave it readable: keys given twice, of
-        which the value has the last.
+        The file, its JSON value, and the problems in spite of which it can be read: keys given
+        twice, of which the value has the last.
 
     Raises:
         Step35ConfigError: The file is missing, unreadable, empty, truncated, not UTF-8, not
@@ -113,11 +114,11 @@ def _read_bytes(path: str | os.PathLike[str]) -> tuple[Path, bytes]:
 
 
 def json_problems(value: object, field: str = "", depth: int = 0) -> list[ConfigProblem]:
-    """What in `value` is no JSON that a config can hold, or is nested too deeply to be one.
+    """What in a value is no JSON that a config can hold, or is nested too deeply for one.
 
     Args:
         value: The object, or a part of it.
-        field: Name of the part.
+        field: Name of the part; empty for the object.
         depth: Levels above the part.
     """
     if depth > _DEEPEST_NESTING:
@@ -145,6 +146,10 @@ def freeze(value: Any, depth: int = 0) -> Any:
     """An immutable copy of a JSON value: tuples for lists, `FrozenDict` for objects.
 
     What is nested more deeply than `json_problems` allows is left out.
+
+    Args:
+        value: The object, or a part of it.
+        depth: Levels above the part.
     """
     if depth > _DEEPEST_NESTING:
         return None

@@ -1,23 +1,19 @@
-"""What a config's fields must be together, and the values of each layer that follow from them.
+"""The checks of a config's fields against one another.
 
-`Step35Config` checks each field by itself; this module checks them against one another. The
-checks take a mapping that holds only the fields that are right by themselves, so that one wrong
-field does not hide, nor cause, problems elsewhere. The same expansion of the per-layer lists
-serves the checks and the layer table. Standard library only.
+`Step35Config` checks each field by itself. The checks here take a mapping that holds only the
+fields that are right by themselves, so that one wrong field neither hides nor causes problems
+elsewhere. Standard library only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from difflib import get_close_matches
-from typing import Any
+from collections.abc import Callable
 
 from step35_patch.config.errors import ConfigProblem, found_text
-from step35_patch.config.layer_plan import FULL_ATTENTION, LAYER_TYPES, SLIDING_ATTENTION
+from step35_patch.config.layer_plan import FULL_ATTENTION, SLIDING_ATTENTION
+from step35_patch.config.layer_values import Values, expand_layer_types, numbers_by_type
 
-Values = Mapping[str, Any]
-
-PER_LAYER_LISTS = (
+_PER_LAYER_LISTS = (
     "layer_types",
     "rope_theta",
     "partial_rotary_factors",
@@ -25,14 +21,6 @@ PER_LAYER_LISTS = (
     "swiglu_limits_shared",
 )
 _MOE_SIZES = ("moe_num_experts", "moe_top_k", "moe_intermediate_size", "share_expert_dim")
-
-
-def nearest_layer_type(found: object) -> str:
-    """A hint that names the legal layer type closest to `found`, or an empty string."""
-    if not isinstance(found, str):
-        return ""
-    near = get_close_matches(found.lower(), LAYER_TYPES, 1, 0.4)
-    return f'did you mean "{near[0]}"?' if near else ""
 
 
 def relation_problems(values: Values) -> list[ConfigProblem]:
@@ -51,50 +39,6 @@ def relation_problems(values: Values) -> list[ConfigProblem]:
     return problems
 
 
-def expand_layer_types(values: Values) -> tuple[str, ...]:
-    """The type of each layer, MTP included; MTP layers without an entry are sliding ones."""
-    missing = _num_layers(values) - len(values["layer_types"])
-    return values["layer_types"] + (SLIDING_ATTENTION,) * missing
-
-
-def expand_by_type(values: Values, name: str) -> tuple[float, ...]:
-    """A RoPE field (a list, or one number for all layers) as one number for each layer.
-
-    MTP layers without an entry have the number of the decoder layers of their type.
-
-    Raises:
-        KeyError: No decoder layer, or decoder layers with different numbers, of that type;
-            `relation_problems` has refused such a config.
-    """
-    given = values[name]
-    if not isinstance(given, tuple):  # null, for partial_rotary_factors only: all is rotated
-        return (1.0 if given is None else given,) * _num_layers(values)
-    types = expand_layer_types(values)
-    agreed = {t: min(n) for t, n in _numbers_by_type(types, given).items() if len(n) == 1}
-    return given + tuple(agreed[layer_type] for layer_type in types[len(given) :])
-
-
-def expand_limits(values: Values, name: str) -> tuple[float | None, ...]:
-    """A clamp list as one limit for each layer; None where nothing is clamped.
-
-    No list, no entry (MTP layers), null and 0 all mean no clamp, as in the reference.
-    """
-    given = values[name] or ()
-    missing = _num_layers(values) - len(given)
-    return tuple(limit or None for limit in given) + (None,) * missing
-
-
-def _num_layers(values: Values) -> int:
-    return values["num_hidden_layers"] + values["num_nextn_predict_layers"]
-
-
-def _numbers_by_type(types: tuple[str, ...], given: tuple[float, ...]) -> dict[str, set[float]]:
-    numbers: dict[str, set[float]] = {layer_type: set() for layer_type in LAYER_TYPES}
-    for layer_type, number in zip(types, given, strict=False):
-        numbers[layer_type].add(number)
-    return numbers
-
-
 def _has(values: Values, *names: str) -> bool:
     return all(name in values for name in names)
 
@@ -110,7 +54,7 @@ def _length_problems(values: Values) -> list[ConfigProblem]:
         hint = f"the longer form has the {mtp} MTP layers at the end"
     return [
         ConfigProblem(name, expected, f"a list of {len(values[name])}", hint)
-        for name in PER_LAYER_LISTS
+        for name in _PER_LAYER_LISTS
         if isinstance(values.get(name), tuple) and len(values[name]) not in (decoder, decoder + mtp)
     ]
 
@@ -124,7 +68,7 @@ def _heads(values: Values) -> list[ConfigProblem]:
 
 
 def _sliding_layers(values: Values) -> list[ConfigProblem]:
-    problems = []
+    problems: list[ConfigProblem] = []
     setting = values.get("attention_other_setting")
     if _has(values, "layer_types", "num_hidden_layers", "num_nextn_predict_layers"):
         types = expand_layer_types(values)
@@ -163,12 +107,13 @@ def _mtp_rope(values: Values) -> list[ConfigProblem]:
     needed = ("layer_types", "num_hidden_layers", "num_nextn_predict_layers")
     if not _has(values, *needed):
         return []
-    types, problems = expand_layer_types(values), []
+    types = expand_layer_types(values)
+    problems: list[ConfigProblem] = []
     for name in ("rope_theta", "partial_rotary_factors"):
         given = values.get(name)
         if not isinstance(given, tuple):
             continue
-        numbers = _numbers_by_type(types, given)
+        numbers = numbers_by_type(types, given)
         for layer_type in dict.fromkeys(types[len(given) :]):
             if len(numbers[layer_type]) != 1:
                 several = found_text(sorted(numbers[layer_type]))
@@ -185,7 +130,8 @@ def _rotated_dimensions(values: Values) -> list[ConfigProblem]:
         if factors is None and values.get("head_dim", 0) % 2:
             return [ConfigProblem("head_dim", "an even number", found_text(values["head_dim"]))]
         return []
-    head_dim, problems = values["head_dim"], []
+    head_dim: int = values["head_dim"]
+    problems: list[ConfigProblem] = []
     for index, factor in enumerate(factors):
         product = head_dim * factor
         rotated = int(product)  # as the reference and Megatron-Core have it
@@ -197,7 +143,8 @@ def _rotated_dimensions(values: Values) -> list[ConfigProblem]:
 
 
 def _rope_scaling(values: Values) -> list[ConfigProblem]:
-    scaling, problems = values.get("rope_scaling"), []
+    scaling = values.get("rope_scaling")
+    problems: list[ConfigProblem] = []
     if scaling is None:
         return problems
     if scaling.low_freq_factor >= scaling.high_freq_factor:
@@ -215,7 +162,8 @@ def _rope_scaling(values: Values) -> list[ConfigProblem]:
 def _experts(values: Values) -> list[ConfigProblem]:
     if not _has(values, "use_moe", "moe_layers_enum"):
         return []
-    layers, problems = values["moe_layers_enum"], []
+    layers: tuple[int, ...] | None = values["moe_layers_enum"]
+    problems: list[ConfigProblem] = []
     if layers is None:
         if values["use_moe"]:
             expected = "the indices of the MoE layers, as use_moe is true"

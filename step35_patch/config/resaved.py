@@ -1,4 +1,4 @@
-"""A config that transformers saved: its per-layer fields, brought back to the published ones.
+"""A config that transformers saved: its per-layer fields, translated to the published ones.
 
 `Step3p7TextConfig.save_pretrained` writes `mlp_layer_types` for `moe_layers_enum`,
 `num_sliding_attention_heads` and `per_layer_config` for `attention_other_setting`,
@@ -10,7 +10,7 @@ refused. Standard library only.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from step35_patch.config.errors import ConfigProblem, found_text
 from step35_patch.config.layer_plan import LAYER_TYPES, SLIDING_ATTENTION
@@ -21,15 +21,17 @@ _UNSCALED_KEYS = ("rope_theta", "partial_rotary_factor")
 class Resaved:
     """The fields of one config, translated on construction.
 
+    Args:
+        fields: As the file has them, lists as tuples, otherwise unchecked.
+
     Attributes:
         fields: The fields in the published form.
-        origins: For each published field that the file has in this form, its name there; also
-            where a problem kept it from being translated.
+        origins: For each published field that the file has in transformers' form, its name there;
+            also where a problem kept it from being translated.
         problems: What cannot be translated.
     """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
-        """Translate `fields`, whose lists are tuples and about which nothing else is known."""
         self.fields = dict(fields)
         self.origins: dict[str, str] = {}
         self.problems: list[ConfigProblem] = []
@@ -49,7 +51,7 @@ class Resaved:
             self.fields[name], self.origins[name] = value, origin
 
     def _leave(self, name: str, origin: str) -> None:
-        """Note that the file has `name` as `origin`, so that it is not called missing."""
+        """Note that the file has `name` as `origin`, so that it is not reported as missing."""
         if self.fields.get(name) is None:
             self.fields.pop(name, None)
             self.origins[name] = origin
@@ -153,5 +155,5 @@ class Resaved:
         self._put("yarn_only_types", tuple(scalings), "rope_parameters")
 
 
-def _all_in(values: Any, legal: tuple[str, ...]) -> bool:
+def _all_in(values: Any, legal: tuple[str, ...]) -> TypeGuard[tuple[str, ...]]:
     return isinstance(values, tuple) and all(value in legal for value in values)
