@@ -354,7 +354,8 @@ def _banded(
     visible = visible[:, None, None].expand(-1, -1, r, -1, -1).flatten(2, 3)
 
     out = _attend(q, k, v, visible, softmax_scale, dropout_p, may_be_blind=may_be_blind)
-    return out.unflatten(2, (r, block)).permute(0, 3, 1, 2, 4).flatten(0, 1)[:rows]
+    by_query: Tensor = out.unflatten(2, (r, block)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+    return by_query[:rows]
 
 
 def _block_size(window: int) -> int:
