@@ -21,8 +21,8 @@ from step35_patch.settings import GateLayout, Settings
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-# TransformerConfig fields that any Step-3.5 config fixes. The first two decide whether a
-# TransformerConfig is meant to be this model at all; the others must then agree.
+# They decide whether a TransformerConfig is meant to be this model at all; everything else must
+# then agree.
 IDENTITY_FIELDS = ("num_layers", "hidden_size")
 
 

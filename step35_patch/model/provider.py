@@ -144,7 +144,7 @@ class Step35ModelProvider(TransformerConfig):
         Returns:
             GPTModel with Step35DecoderLayer as its layers. Called with (input_ids [b, s],
             position_ids [b, s], attention_mask or None) it returns logits [b, s, vocabulary];
-            with labels [b, s] besides, the loss of each token [b, s].
+            with labels [b, s] too, the loss of each token [b, s].
 
         Raises:
             RuntimeError: step35_patch was deactivated.

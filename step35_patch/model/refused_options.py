@@ -53,7 +53,7 @@ _BY_LAYER = "layers of Step-3.5 differ and take this from the config"
 _OWN_ROPE = "it would bypass the layers' own RoPE"
 _OWN_LAYERS = "it would build other layers than Step-3.5's"
 _CUDA_GRAPHS = "the layers are not tested with CUDA graphs"
-_NO_LIMIT = "the clamps are each layer's own, after the activation, and take this from the config"
+_OWN_CLAMPS = "each layer has its own clamps, after the activation"
 _LARGEST_SCORE = "Step-3.5 layers do not record the largest score"
 _INPUT_DTYPE = "attention runs in the dtype of its inputs"
 
@@ -71,7 +71,7 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
     RefusedOption("softmax_type", ("vanilla",), "Step-3.5 has no attention sink", BOTH | _TORCH),
     RefusedOption("qk_l2_norm", (False,), "q and k have RMSNorm's weights"),
     RefusedOption("qk_clip", (False,), _LARGEST_SCORE, BOTH | _TORCH),
-    RefusedOption("activation_func_clamp_value", (None,), _NO_LIMIT),
+    RefusedOption("activation_func_clamp_value", (None,), _OWN_CLAMPS),
     RefusedOption("glu_linear_offset", (0.0,), "Step-3.5's SwiGLU has none"),
     RefusedOption("multi_latent_attention", (False,), _OWN_LAYERS),
     RefusedOption("experimental_attention_variant", (None,), _OWN_LAYERS),
@@ -84,11 +84,11 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
     RefusedOption("cuda_graph_impl", ("none", None), _CUDA_GRAPHS, _ARGUMENT),
     RefusedOption("external_cuda_graph", (False,), _CUDA_GRAPHS, _ARGUMENT),
     RefusedOption("enable_cuda_graph", (False,), _CUDA_GRAPHS, _ARGUMENT),
-    RefusedOption("use_kitchen", (False,), _OWN_LAYERS, _ARGUMENT),
+    RefusedOption("use_kitchen", (False,), _OWN_LAYERS, _CONFIG),
     RefusedOption(
         "use_transformer_engine_op_fuser", (False,), "it would bypass the layers' own clamps"
     ),
-    RefusedOption("fused_single_qkv_rope", (False,), "it does not know the gate"),
+    RefusedOption("fused_single_qkv_rope", (False,), "it does not know the gate", _CONFIG),
     RefusedOption("mtp_use_repeated_layer", (False,), "each MTP layer has its own weights"),
     # In the TransformerConfig it is one of `megatron_fields.FIELDS`.
     RefusedOption("moe_shared_expert_gate", (False,), "Step-3.5 has no such gate", _ARGUMENT),

@@ -63,7 +63,7 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
         call: its arguments by name.
 
     Returns:
-        The parsed arguments. With a config they have the model's shape, and besides
+        The parsed arguments. With a config they have the model's shape, and also
         `step35_fingerprint`, `step35_gate_layout` and `step35_window`, which Megatron saves with
         each checkpoint.
 
