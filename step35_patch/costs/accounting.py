@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from step35_patch.config.layer_plan import LayerPlan
-from step35_patch.config.model import Step35Config
+from step35_patch.config.model import Step35Config, Window
+from step35_patch.settings import GATE_LAYOUTS
+from step35_patch.tensors.table import layer_rows, tensor_table
 
 
 def _visible_keys(plan: LayerPlan, length: float) -> float:
@@ -26,22 +28,14 @@ def _visible_keys(plan: LayerPlan, length: float) -> float:
     return length / 2 if length <= window else window - window**2 / (2 * length)
 
 
-def _attention_weights(plan: LayerPlan, config: Step35Config, gate_rows_per_head: int) -> int:
-    """Elements of linear_qkv and linear_proj of one layer."""
-    rows = (2 * plan.num_attention_heads + 2 * plan.num_query_groups) * plan.kv_channels
-    if config.use_head_wise_attn_gate:
-        rows += plan.num_attention_heads * gate_rows_per_head
-    return rows * config.hidden_size
-
-
 def training_flops(
     config: Step35Config,
     *,
-    tokens: int,
+    tokens: float,
     squared_lengths: float,
     vocab_size: int,
     mtp_layers: int,
-    window: str = "hf",
+    window: Window = "hf",
 ) -> float:
     """Operations of the forward and backward pass over a batch.
 
@@ -56,20 +50,17 @@ def training_flops(
         mtp_layers: MTP layers that are trained.
         window: convention of the sliding layers, as in `step35_patch.activate`.
     """
-    hidden = config.hidden_size
     length = squared_lengths / tokens
-    madds = hidden * vocab_size
+    madds = float(config.hidden_size * vocab_size)
     for plan in config.resolve(window)[: config.num_hidden_layers + mtp_layers]:
-        madds += _attention_weights(plan, config, gate_rows_per_head=1)
         madds += 2 * plan.num_attention_heads * plan.kv_channels * _visible_keys(plan, length)
-        if plan.is_moe:
-            routed = config.moe_top_k * config.moe_intermediate_size
-            madds += hidden * config.moe_num_experts
-            madds += 3 * hidden * (routed + config.share_expert_dim)
-        else:
-            madds += 3 * hidden * config.intermediate_size
-        if plan.is_mtp:
-            madds += 2 * hidden**2 + hidden * vocab_size
+        for row in layer_rows(config, plan, GATE_LAYOUTS[0]):
+            if row.is_vocabulary:
+                madds += config.hidden_size * vocab_size
+            elif row.is_expert:
+                madds += row.num_elements * (config.moe_top_k or 0) // row.shape[0]
+            elif len(row.shape) > 1:
+                madds += row.num_elements
     return 2 * 3 * tokens * madds
 
 
@@ -103,33 +94,31 @@ def stage_parameters(
         config: the model.
         layers: absolute indices of the stage's decoder layers.
         embedding: whether it is the first stage. One with MTP layers has a copy of the embedding.
-        output_matrices: on the last stage one and one for each MTP layer, wherever those are; else 0.
+        output_matrices: on the last stage one and one for each MTP layer, wherever those are; 0 on
+            the others.
         mtp_layers: MTP layers on this stage.
         vocab_size: rows of the embedding and of an output matrix, padding included.
         gate_layout: "headwise" or "expanded".
-        tensor, expert, expert_tensor: parallel sizes.
+        tensor: tensor-parallel size.
+        expert: expert-parallel size.
+        expert_tensor: tensor-parallel size of the routed experts.
     """
-    hidden, plans = config.hidden_size, config.layers
-    rows = config.head_dim if gate_layout == "expanded" else 1
     first_mtp = config.num_hidden_layers
-    indices = [*layers, *range(first_mtp, first_mtp + mtp_layers)]
-    vocabulary = vocab_size // tensor * hidden
+    indices = {*layers, *range(first_mtp, first_mtp + mtp_layers)}
+    vocabulary = vocab_size // tensor * config.hidden_size
     dense = vocabulary * ((embedding or mtp_layers > 0) + output_matrices)
     experts = 0
-    for plan in (plans[index] for index in indices):
-        dense += _attention_weights(plan, config, rows) // tensor
-        dense += 2 * hidden + 2 * plan.kv_channels  # norms: whole on every rank
-        if plan.is_moe:
-            dense += hidden * config.moe_num_experts
-            dense += 3 * hidden * config.share_expert_dim // tensor
-            own = config.moe_num_experts // expert
-            experts += own * 3 * hidden * config.moe_intermediate_size // expert_tensor
+    for row in tensor_table(config, gate_layout):
+        if row.is_vocabulary or row.is_fp32:
+            continue
+        # Outside the layers there is the final norm, which follows the last of the decoder's.
+        if (first_mtp - 1 if row.layer is None else row.layer.index) not in indices:
+            continue
+        own = row.elements_on_rank(tensor=tensor, expert=expert, expert_tensor=expert_tensor)
+        if row.is_expert:
+            experts += own
         else:
-            dense += 3 * hidden * config.intermediate_size // tensor
-        if plan.is_mtp:
-            dense += 3 * hidden + 2 * hidden**2 // tensor
-    if config.num_hidden_layers - 1 in indices:
-        dense += hidden  # the final norm
+            dense += own
     return Parameters(dense, experts)
 
 
@@ -153,8 +142,9 @@ def layer_activation_bytes(
         config: the model.
         plan: the layer.
         tokens: of a micro-batch, on one context-parallel rank.
-        tensor, expert_tensor: parallel sizes.
-        sequence_parallel: whether the layer's and its norms' inputs are divided, too.
+        tensor: tensor-parallel size.
+        expert_tensor: tensor-parallel size of the routed experts.
+        sequence_parallel: whether the layer's and its norms' inputs are divided too.
     """
     hidden = config.hidden_size
     queries = plan.num_attention_heads * plan.kv_channels
@@ -164,8 +154,8 @@ def layer_activation_bytes(
     elements = 4 * queries + 3 * keys
     if plan.is_moe:
         # Each rank of an expert-tensor-parallel group gathers all tokens of the group.
-        routed = expert_tensor * hidden + 3 * config.moe_intermediate_size
-        elements += config.moe_top_k * routed + 3 * config.share_expert_dim
+        routed = expert_tensor * hidden + 3 * (config.moe_intermediate_size or 0)
+        elements += (config.moe_top_k or 0) * routed + 3 * (config.share_expert_dim or 0)
     else:
         elements += 3 * config.intermediate_size
     split = elements / tensor

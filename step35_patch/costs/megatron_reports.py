@@ -36,8 +36,9 @@ def num_floating_point_operations(
         runtime: the model.
         args: Megatron's arguments.
         batch_size: samples of `args.seq_length` tokens.
-        seqlen_squared_sum_in_batch, total_real_tokens_in_batch: over the sequences in it; given
-            (by Megatron-Core 0.18 and later) if they are packed.
+        seqlen_squared_sum_in_batch: sum of the squared lengths of the sequences in it; given (by
+            Megatron-Core 0.18 and later) if they are packed.
+        total_real_tokens_in_batch: sum of their lengths; given likewise.
     """
     tokens = total_real_tokens_in_batch
     if tokens is None:
@@ -104,7 +105,9 @@ def _even_chunks(core: TransformerConfig, stage: int) -> tuple[tuple[int, ...], 
     return tuple(chunks)
 
 
-def _custom_chunks(layout: list[list[list]], stage: int) -> tuple[tuple[tuple[int, ...], ...], int]:
+def _custom_chunks(
+    layout: list[list[list[Any]]], stage: int
+) -> tuple[tuple[tuple[int, ...], ...], int]:
     """Of --pipeline-model-parallel-layout, by stage and virtual stage.
 
     Its own counting functions ask the process groups whether there are virtual stages.
@@ -173,7 +176,7 @@ def compute_weight_and_optimizer_memory(
             "Number of parameters in most loaded shard in billions: "
             f"{(most.dense + most.expert) / 1e9:.4f}"
         )
-        for stage, (parameters, bytes_) in enumerate(zip(stages, sizes)):
+        for stage, (parameters, bytes_) in enumerate(zip(stages, sizes, strict=True)):
             print(
                 f"Step-3.5 pipeline stage {stage}: {parameters.dense / 1e9:.4f} B parameters and "
                 f"{parameters.expert / 1e9:.4f} B of experts on a rank, {bytes_ / _MEGABYTE:.1f} MB"
@@ -190,7 +193,7 @@ def _print_totals(runtime: Step35Runtime, args: Any) -> None:
     embeddings = (2 + mtp_layers) * args.padded_vocab_size * config.hidden_size
     total, in_block = model.dense + model.expert, block.dense + block.expert
     idle = 0
-    if block.expert:
+    if config.moe_num_experts and config.moe_top_k:
         idle = block.expert - block.expert * config.moe_top_k // config.moe_num_experts
     lines = {
         "Number of parameters in transformer block": in_block,
@@ -214,12 +217,12 @@ def _micro_batches_held(core: TransformerConfig, stage: int, num_microbatches: i
     """
     behind = core.pipeline_model_parallel_size - 1 - stage
     chunks = core.virtual_pipeline_model_parallel_size or 1
-    held = behind + 1
+    held: int = behind + 1
     if chunks > 1:
         held = 2 * behind + (chunks - 1) * core.microbatch_group_size_per_vp_stage + 1
     if num_microbatches is not None:
         held = min(held, chunks * num_microbatches)
-    return held / chunks
+    return float(held / chunks)
 
 
 def compute_activation_memory(
@@ -232,8 +235,8 @@ def compute_activation_memory(
 
     Of fused kernels, as in Megatron's formula: the layers on torch (--transformer-impl local) keep
     up to 2.5 times as much, most of it copies in fp32 around norms and intermediate results of
-    SwiGLU. Full recomputation keeps the inputs of what is recomputed; selective recomputation counts
-    as none, which is exact for core_attn and too much for other modules.
+    SwiGLU. Full recomputation keeps the inputs of what is recomputed; selective recomputation
+    counts as none, which is exact for core_attn and too much for other modules.
 
     Args:
         runtime: the model.
@@ -244,7 +247,7 @@ def compute_activation_memory(
     core = _core_config(args)
     tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
     stages, tensor = _stages(core), args.tensor_model_parallel_size
-    sizes = []
+    sizes: list[float] = []
     for number, stage in enumerate(stages):
         held = _micro_batches_held(core, number, num_microbatches)
         size = held * _stage_bytes(runtime, args, stage, tokens)
@@ -261,7 +264,7 @@ def compute_activation_memory(
 
 
 def _stage_bytes(runtime: Step35Runtime, args: Any, stage: _Stage, tokens: int) -> float:
-    """What a rank of a stage keeps of the layers for the backward of one micro-batch of `tokens`."""
+    """What a rank of a stage keeps of the layers for the backward of a micro-batch of `tokens`."""
     config = runtime.config
 
     def layer(index: int) -> float:
@@ -279,10 +282,10 @@ def _stage_bytes(runtime: Step35Runtime, args: Any, stage: _Stage, tokens: int) 
     chunks = [[layer(index) for index in chunk] for chunk in stage.chunks]
     if args.recompute_granularity != "full":
         return sum(map(sum, chunks)) + sum(mtp)
-    layer_input = 2 * tokens * config.hidden_size
+    layer_input: float = 2 * tokens * config.hidden_size
     if args.sequence_parallel:
         layer_input /= args.tensor_model_parallel_size
-    group = args.recompute_num_layers
+    group: int = args.recompute_num_layers
     if args.recompute_method == "uniform":  # of each group of layers, its input
         inputs = sum(-(-len(chunk) // group) for chunk in chunks)
         return (inputs + len(mtp)) * layer_input

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from step35_patch.model.description import LayerConfig
 from step35_patch.model.rope import rotary_pos_emb
-from step35_patch.tensors.qkv import refuse_drift
+from step35_patch.tensors.qkv import gate_rows, refuse_drift
+from step35_patch.tensors.qkv_layout import QkvLayout
 
 
 def build_headwise_qkv(
@@ -85,6 +86,7 @@ class Step35SelfAttention(SelfAttention):
         gate_layout = config.step35.gate_layout if config.attention_output_gate else None
         self.headwise_gate = gate_layout == "headwise"
         self.tied_gate = gate_layout == "expanded"
+        self.qkv = QkvLayout.of(config.step35_layer, gate_layout).share(self.world_size)
         if self.tied_gate:
             self.tie_gate_rows()  # they are drawn differently
             self.register_state_dict_pre_hook(_tie_before_saving)
@@ -99,10 +101,7 @@ class Step35SelfAttention(SelfAttention):
         Returns:
             [groups, heads a group, d, h]: the d rows of each head that stand for one of g_proj.
         """
-        groups = self.num_query_groups_per_partition
-        heads = self.num_attention_heads_per_partition // groups
-        by_head = tensor.view(groups, 2 * heads + 2, self.hidden_size_per_attention_head, -1)
-        return by_head[:, heads : 2 * heads]
+        return gate_rows(tensor, self.qkv)
 
     def tie_gate_rows(self) -> None:
         """Copy the first row of each head of an `expanded` gate to its others."""
@@ -211,13 +210,10 @@ class Step35SelfAttention(SelfAttention):
         if not split_qkv:
             raise ValueError("fused_single_qkv_rope does not know the gate: leave it off")
         mixed, _ = self.linear_qkv(hidden_states)
-        groups, channels = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        heads = self.num_attention_heads_per_partition // groups
-        sections = [heads * channels, heads, channels, channels]
-        mixed = mixed.view(*mixed.shape[:-1], groups, sum(sections))
-        query, gate, key, value = torch.split(mixed, sections, dim=-1)
-        query = query.reshape(*query.shape[:2], groups * heads, channels)
-        gate = gate.reshape(*gate.shape[:2], groups * heads)
+        mixed = mixed.view(*mixed.shape[:-1], self.qkv.groups, -1)
+        query, gate, key, value = mixed.split(self.qkv.sections, dim=-1)
+        gate = gate.reshape(*gate.shape[:2], -1)
+        query = query.reshape(*gate.shape, self.qkv.channels)
         return self.q_layernorm(query), self.k_layernorm(key), value, gate
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from step35_patch.model.attention import Step35SelfAttention
 from step35_patch.model.description import Step35Runtime
 from step35_patch.model.layer import Step35DecoderLayer
 from step35_patch.model.swiglu import ClampedSwiGLU
+from step35_patch.tensors.qkv_layout import QkvLayout
 
 
 def check_model(model: torch.nn.Module, runtime: Step35Runtime) -> None:
@@ -45,13 +46,8 @@ def _layer_problems(layer: Step35DecoderLayer) -> list[str]:
     attention = layer.self_attention
     if isinstance(attention.core_attention, DotProductAttention):
         problems.append("core attention is DotProductAttention, which does not know the window")
-    rows = {
-        "none": 0,
-        "headwise": layer.plan.num_attention_heads,
-        "expanded": layer.plan.num_attention_heads * layer.plan.kv_channels,
-    }[layer.config.step35.gate_layout if layer.config.attention_output_gate else "none"]
-    queries = layer.plan.num_attention_heads + 2 * layer.plan.num_query_groups
-    expected = (queries * layer.plan.kv_channels + rows) // attention.world_size
+    gate_layout = layer.config.step35.gate_layout if layer.config.attention_output_gate else None
+    expected = QkvLayout.of(layer.plan, gate_layout).share(attention.world_size).rows
     found = attention.linear_qkv.weight.shape[0]
     if found != expected:
         problems.append(f"linear_qkv has {found} rows, expected {expected}")

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from operator import add, gt, lt, sub
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 from step35_patch.storage.errors import CheckpointError
 from step35_patch.storage.inert_pickle import Inert, Named, load_inert
 from step35_patch.storage.mapped import MappedFiles
+from step35_patch.storage.staging import SummedFile
 from step35_patch.storage.torch_archive import Archive, storage_name
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -413,7 +414,7 @@ def _iteration_folder(path: Path) -> Path:
 # --- Writing ------------------------------------------------------------------------------------
 
 
-def save_record(tensor: Tensor, file: IO[bytes]) -> None:
+def save_record(tensor: Tensor, file: SummedFile) -> None:
     """Write one chunk's record, as torch.distributed.checkpoint does.
 
     Args:
@@ -423,7 +424,7 @@ def save_record(tensor: Tensor, file: IO[bytes]) -> None:
     size = tensor.numel() * tensor.element_size()
     if tensor.untyped_storage().nbytes() != size:
         tensor = tensor.clone()
-    torch.save(tensor, file)
+    torch.save(tensor, file)  # type: ignore[arg-type]  # it only writes and flushes
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,7 @@
 """Between the published q, k, v and g projections and Megatron-Core's one linear_qkv.
 
-All functions work on whole (not tensor-parallel) weights. Rows of linear_qkv stand by query group,
-[q (r * d) | gate | k (d) | v (d)], with r heads a group and d channels a head; the gate part has r
-rows in the `headwise` layout, r * d in the `expanded` one (each row of g_proj d times) and none
-without a gate. A tensor-parallel rank has a contiguous share of the groups.
+The functions work on whole (not tensor-parallel) weights unless they say otherwise; the order of
+the rows is that of `step35_patch.tensors.qkv_layout`.
 """
 
 from __future__ import annotations
@@ -12,15 +10,11 @@ import torch
 from torch import Tensor
 
 from step35_patch.config.layer_plan import LayerPlan
+from step35_patch.tensors.qkv_layout import QkvLayout
 
 
 class DriftedGateError(ValueError):
     """Rows of an expanded gate that belong to one head differ: they are no g_proj any more."""
-
-
-def gate_rows_per_head(plan: LayerPlan, gate_layout: str | None) -> int:
-    """Rows of linear_qkv that a head's gate takes; gate_layout None means no gate."""
-    return {None: 0, "headwise": 1, "expanded": plan.kv_channels}[gate_layout]
 
 
 def pack_qkv(
@@ -29,18 +23,22 @@ def pack_qkv(
     """The whole linear_qkv weight.
 
     Args:
-        q: [heads * d, h]; k, v: [groups * d, h]; g: [heads, h], or None without a gate.
+        q: [heads * d, h].
+        k: [groups * d, h].
+        v: [groups * d, h].
+        g: [heads, h], or None without a gate.
+        plan: the layer.
+        gate_layout: "headwise", "expanded", or None without a gate.
 
     Returns:
         [heads * d + gate rows + 2 * groups * d, h] in the dtype of q.
     """
-    groups, hidden = plan.num_query_groups, q.shape[-1]
-    parts = [q.view(groups, -1, hidden)]
-    if gate_layout is not None:
-        rows = gate_rows_per_head(plan, gate_layout)
-        parts.append(g.repeat_interleave(rows, dim=0).view(groups, -1, hidden))
-    parts += [k.view(groups, -1, hidden), v.view(groups, -1, hidden)]
-    return torch.cat(parts, dim=1).reshape(-1, hidden)
+    layout, hidden = QkvLayout.of(plan, gate_layout), q.shape[-1]
+    parts = [q, k, v]
+    if g is not None:
+        parts.insert(1, g.repeat_interleave(layout.gate_rows, dim=0))
+    by_group = [part.view(layout.groups, -1, hidden) for part in parts]
+    return torch.cat(by_group, dim=1).reshape(-1, hidden)
 
 
 def unpack_qkv(
@@ -49,22 +47,38 @@ def unpack_qkv(
     """q, k, v and g (None without a gate) from a whole linear_qkv weight; inverse of pack_qkv.
 
     Args:
+        weight: [rows, h].
+        plan: the layer.
+        gate_layout: "headwise", "expanded", or None without a gate.
         name: the weight's name, for messages.
 
     Raises:
         DriftedGateError: the `expanded` rows of a head are not all equal.
     """
-    groups, channels, hidden = plan.num_query_groups, plan.kv_channels, weight.shape[-1]
-    heads = plan.num_attention_heads // groups
-    rows = gate_rows_per_head(plan, gate_layout)
-    sections = [heads * channels, heads * rows, channels, channels]
-    q, g, k, v = weight.view(groups, sum(sections), hidden).split(sections, dim=1)
-    q, k, v = (part.reshape(-1, hidden) for part in (q, k, v))
+    layout, hidden = QkvLayout.of(plan, gate_layout), weight.shape[-1]
+    by_group = weight.view(layout.groups, -1, hidden)
+    q, _, k, v = (part.reshape(-1, hidden) for part in by_group.split(layout.sections, dim=1))
     if gate_layout is None:
         return q, k, v, None
-    by_head = g.reshape(plan.num_attention_heads, rows, hidden)
-    refuse_drift(by_head, name)
-    return q, k, v, by_head[:, 0]
+    gate = gate_rows(weight, layout)
+    refuse_drift(gate, name)
+    return q, k, v, gate[:, :, 0].reshape(-1, hidden)
+
+
+def gate_rows(weight: Tensor, layout: QkvLayout) -> Tensor:
+    """The gate's rows of a linear_qkv weight, or of its gradient, as a view.
+
+    Args:
+        weight: [rows, h], whole or a rank's.
+        layout: of that many rows.
+
+    Returns:
+        [groups, heads a group, gate rows a head, h].
+    """
+    q, gate, _, _ = layout.sections
+    by_group = weight.view(layout.groups, sum(layout.sections), -1)
+    gates = by_group[:, q : q + gate]
+    return gates.view(layout.groups, layout.heads, layout.gate_rows, weight.shape[-1])
 
 
 def gate_drift(rows: Tensor) -> float:
@@ -90,6 +104,6 @@ def refuse_drift(rows: Tensor, name: str) -> None:
     if drift := gate_drift(rows):
         raise DriftedGateError(
             f"{name}: the {rows.shape[-2]} gate rows of a head differ by up to {drift:.3g}, "
-            "expected equal rows; trained with Megatron-Core's own gate they are no g_proj any more, "
-            "and can't be used as one. Train with gate_layout='headwise', or 'expanded' here."
+            "expected equal rows; trained with Megatron-Core's own gate they are no g_proj any "
+            "more, and can't be used as one. Train with gate_layout='headwise', or 'expanded' here."
         )

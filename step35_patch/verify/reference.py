@@ -27,9 +27,9 @@ from transformers.models.step3p7.modeling_step3p7 import (
     Step3p7RotaryEmbedding,
 )
 
-from step35_patch.checkpoint import entries_of
 from step35_patch.config.layer_plan import FULL_ATTENTION, LayerPlan
 from step35_patch.config.model import Step35Config
+from step35_patch.model.live_weights import entries_of
 from step35_patch.model.provider import Step35ModelProvider
 from step35_patch.storage.hf_folder import HfFolder
 from step35_patch.verify.api import VOCABULARY_ROWS, Weights

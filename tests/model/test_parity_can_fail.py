@@ -118,7 +118,11 @@ WRONG_CODE = {
         "_apply_output_gate",
         _gate_of_the_next_head,
     ),
-    "gate rows of another head": ("step35_patch.checkpoint", "pack_qkv", _gate_after_the_keys),
+    "gate rows of another head": (
+        "step35_patch.model.live_weights",
+        "pack_qkv",
+        _gate_after_the_keys,
+    ),
     "dense limit from the routed list": _change_plans(
         swiglu_limit_shared=lambda p: p.swiglu_limit_shared if p.is_moe else p.swiglu_limit
     ),
