@@ -45,6 +45,8 @@ def convert_to_hf(
 ) -> None:
     """Write a Megatron checkpoint in the published layout, for vLLM, SGLang and transformers.
 
+    While it runs, torch's number of threads (`torch.set_num_threads`) is 1 in the whole process.
+
     Args:
         checkpoint: what Megatron's `--load` takes (torch_dist, any parallel layout), or the folder
             of one iteration. Optimizer state is not read.

@@ -61,6 +61,8 @@ def convert_to_megatron(
     It is a "release" checkpoint: training starts at iteration 0 with a new optimizer state. It
     serves both transformer implementations.
 
+    While it runs, torch's number of threads (`torch.set_num_threads`) is 1 in the whole process.
+
     Args:
         hf_dir: folder in the published layout: config.json, safetensors.
         out: the folder to be made.
