@@ -2,14 +2,14 @@
 
 A pickle is a program for a small stack machine. This module runs the operations that the pickles
 of torch.save and torch.distributed.checkpoint consist of (protocol 2 and later), and makes plain
-values; what stands for an object of any class becomes an `Inert` one.
+values of them; an object of any other class becomes an `Inert` one.
 
-Neither a damaged nor a forged pickle can ask for much memory, as it could of `pickle.Unpickler`.
-Each operation is checked before it is carried out, and takes memory in proportion to its own
-bytes: a length must lie within the data, an entry of the memo must follow the last one, nothing is
-ever copied out of an object that is already there, and a dictionary's key holds only a few values
-(to hash a tuple that has the same tuple twice, and so on for a hundred levels, would never end).
-Whoever shows what came out of a pickle must cut it, as `reprlib` does, for the same reason.
+No pickle, damaged or forged, can make it take much memory, as it could `pickle.Unpickler`. Each
+operation is checked before it is carried out, and takes memory in proportion to its own bytes: a
+length must lie within the data, an entry of the memo must follow the last one, nothing is copied
+out of an object that is already there, and a dictionary's key holds only a few values (to hash a
+tuple that has the same tuple twice, and so on for a hundred levels, would never end). For the same
+reason, whoever shows what came out of a pickle must cut it, as `reprlib` does.
 """
 
 from __future__ import annotations
@@ -320,6 +320,7 @@ class _Machine:
         return at
 
     def new_object_with_keywords(self, at: int) -> int:
+        """Leave the keywords out."""
         self._stack.pop()
         return self.new_object(at)
 
@@ -422,7 +423,7 @@ _unsigned_4 = struct.Struct("<I").unpack_from
 _unsigned_8 = struct.Struct("<Q").unpack_from
 _signed_4 = struct.Struct("<i").unpack_from
 _float_8 = struct.Struct(">d").unpack_from
-_NAMES: dict[bytes, Callable[[_Machine, int], int]] = {
+_BY_CODE: dict[bytes, Callable[[_Machine, int], int]] = {
     pickle.NONE: _Machine.none,
     pickle.NEWTRUE: _Machine.true,
     pickle.NEWFALSE: _Machine.false,
@@ -470,4 +471,4 @@ _NAMES: dict[bytes, Callable[[_Machine, int], int]] = {
     pickle.PROTO: _Machine.protocol,
     pickle.FRAME: _Machine.frame,
 }
-_OPERATIONS = [_NAMES.get(bytes([code]), _Machine.unknown) for code in range(256)]
+_OPERATIONS = [_BY_CODE.get(bytes([code]), _Machine.unknown) for code in range(256)]
