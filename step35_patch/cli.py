@@ -1,21 +1,51 @@
-"""The `step35-patch` command. Each subcommand loads what it needs, and nothing else."""
+"""The `step35-patch` command: which commands there are, and how the chosen one is started.
+
+A command is a module of `step35_patch.commands` with `add_arguments(parser)`, which sets the
+parser's default `run`: a function of the parsed arguments that returns the exit status. Only the
+chosen command's module is imported, so that `--help` and each command load no more than they need.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
-import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-from step35_patch.commands import convert as convert_cli
-from step35_patch.verify import api as compare
 
-if TYPE_CHECKING:
-    from step35_patch.config.model import Step35Config
+class _Command(NamedTuple):
+    """What `step35-patch --help` and the command's own `--help` say of it."""
 
-_PUBLISHED = "step-3.5-flash"
+    help: str
+    description: str
+
+
+# By the names of the modules in `step35_patch.commands`.
+_COMMANDS = {
+    "inspect": _Command(
+        help="show a config layer by layer, with exact parameter and byte counts",
+        description="Show what each layer of a config computes, and exact totals. Needs no torch.",
+    ),
+    "args": _Command(
+        help="print Megatron's arguments for a config, ready for a launch script",
+        description="Print the arguments of pretrain_gpt.py that describe a config's model.",
+    ),
+    "convert": _Command(
+        help="convert weights between the published layout and Megatron's, in little memory",
+        description="Convert weights losslessly, without a GPU, on one machine.",
+    ),
+    "verify": _Command(
+        help="compare with transformers on the same tokens, layer by layer",
+        description="Run transformers' Step-3.5 and this package's on the same tokens, one layer "
+        "of each at a time, and say where they part.",
+    ),
+    "demo": _Command(
+        help="train a tiny Step-3.5 on this machine, CPU included",
+        description="Train a tiny Step-3.5 through Megatron's own training loop, on the CPU.",
+    ),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,14 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: Wrong usage (status 2) or `--help`, as argparse does.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Its arguments are its own (`demo --help` too), so argparse does not get to see them.
-    if arguments[:1] == ["demo"]:
+    chosen = next((word for word in arguments if word in _COMMANDS), None)
+    # The demo parses its arguments itself (`demo --help` too).
+    if chosen == "demo" and arguments[0] == chosen:
         from step35_patch.commands import demo
 
         return demo.main(arguments[1:])
-    options = _parser().parse_args(arguments)
+    options = _parser(chosen).parse_args(arguments)
     try:
-        status = options.run(options)
+        status: int = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader, such as `head`, has enough. What is left in the buffer has nowhere to go.
@@ -44,84 +75,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    """All commands, with the arguments of the chosen one."""
     parser = argparse.ArgumentParser(
         prog="step35-patch", description="Train Step-3.5 with stock Megatron-Core."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    inspect = commands.add_parser(
-        "inspect",
-        help="show a config layer by layer, with exact parameter and byte counts",
-        description="Show what each layer of a config computes, and exact totals. Needs no torch.",
-    )
-    _add_config(inspect)
-    inspect.add_argument("--json", action="store_true", help="print everything as JSON")
-    inspect.set_defaults(run=_inspect)
-    arguments = commands.add_parser(
-        "args",
-        help="print Megatron's arguments for a config, ready for a launch script",
-        description="Print the arguments of pretrain_gpt.py that describe a config's model.",
-    )
-    _add_config(arguments)
-    arguments.set_defaults(run=_args)
-    convert = commands.add_parser(
-        "convert",
-        help="convert weights between the published layout and Megatron's, in little memory",
-        description="Convert weights losslessly, without a GPU, on one machine.",
-    )
-    convert_cli.add_arguments(convert)
-    verify = commands.add_parser(
-        "verify",
-        help="compare with transformers on the same tokens, layer by layer",
-        description="Run transformers' Step-3.5 and this package's on the same tokens, one layer of "
-        "each at a time, and say where they part.",
-    )
-    compare.add_arguments(verify)
-    verify.set_defaults(run=compare.run)
-    commands.add_parser(
-        "demo", help="train a tiny Step-3.5 on this machine, CPU included", add_help=False
-    )
+    for name, command in _COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.description)
+        if name == chosen:
+            importlib.import_module(f"step35_patch.commands.{name}").add_arguments(subparser)
     return parser
 
 
-def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "config",
-        metavar="CONFIG",
-        help=f"a config.json, a folder with one, or {_PUBLISHED} for the published model's",
-    )
-
-
-def _config(path: str) -> Step35Config | None:
-    """The config that a command was given; None if it is not usable, which was said then."""
-    from step35_patch.config.model import Step35Config, Step35ConfigError, packaged_config_path
-
-    if path == _PUBLISHED and not os.path.exists(path):
-        path = packaged_config_path()
-    try:
-        return Step35Config.from_pretrained(path)
-    except Step35ConfigError as error:
-        print(error, file=sys.stderr)
-        return None
-
-
-def _inspect(options: argparse.Namespace) -> int:
-    from step35_patch.commands.inspect import as_json, as_text
-
-    if (config := _config(options.config)) is None:
-        return 1
-    print(as_json(config) if options.json else as_text(config))
-    return 0
-
-
-def _args(options: argparse.Namespace) -> int:
-    from step35_patch.arguments import megatron_options
-
-    if (config := _config(options.config)) is None:
-        return 1
-    lines = [
-        option if value is None else f"{option} {shlex.quote(value)}"
-        for option, value in megatron_options(config).items()
-    ]
-    print(" \\\n".join(lines))
-    return 0
+if __name__ == "__main__":
+    sys.exit(main())

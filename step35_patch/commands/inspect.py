@@ -1,12 +1,14 @@
-"""What `step35-patch inspect` prints: a config's layers and exact totals, as text or as JSON."""
+"""`step35-patch inspect`: a config's layers and exact totals, as text or as JSON."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from step35_patch.commands.config_argument import add_config_argument, read_config
 from step35_patch.config.layer_plan import FULL_ATTENTION, SLIDING_ATTENTION, LayerPlan
 from step35_patch.tensors.published import layer_tensors, published_tensors
 
@@ -28,6 +30,22 @@ _COLUMNS = (
     "shared limit",
     "parameters",
 )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `step35-patch inspect`."""
+    add_config_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the report; returns the exit status: 0, or 1 for an unusable config."""
+    config = read_config(options)
+    if config is None:
+        return 1
+    print(as_json(config) if options.json else as_text(config))
+    return 0
 
 
 def as_json(config: Step35Config) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -25,10 +27,10 @@ from support.reference import (
 
 from step35_patch import Step35Config
 from step35_patch.cli import main
+from step35_patch.commands import verify as command
 from step35_patch.storage.errors import CheckpointError
 from step35_patch.storage.hf_folder import INDEX, HfFolder
 from step35_patch.tensors.published import layer_tensors, published_tensors
-from step35_patch.verify import api as command
 from step35_patch.verify.api import ReferenceMissingError, compare, largest_weights, sequence_length
 
 pytestmark = pytest.mark.megatron
@@ -263,16 +265,16 @@ def test_the_command_says_how_many_near_ties_there_were(case, tmp_path, monkeypa
 
 def test_the_logits_are_those_of_the_whole_models(case, monkeypatch):
     """All numbers of the logits, from transformers' whole model with the weights of either side."""
-    from step35_patch.verify import by_layer as compare_layers
-    from step35_patch.verify import reference as compare_sides
+    from step35_patch.verify import pieces
+    from step35_patch.verify.by_layer import _random_tokens
 
     # Several blocks of the vocabulary, the last one shorter.
-    monkeypatch.setattr(compare_sides, "VOCABULARY_ROWS", 36)
+    monkeypatch.setattr(pieces, "VOCABULARY_ROWS", 36)
     config, weights, folder = case
     name = "model.layers.1.self_attn.o_proj.weight"
     changed = weights | {name: _change(weights[name])}
     report = compare(folder, source=Source(changed), length=LENGTH, batch=2, seed=7)
-    tokens = compare_layers._random_tokens(Step35Config.from_dict(config), (2, LENGTH), 7)
+    tokens = _random_tokens(Step35Config.from_dict(config), (2, LENGTH), 7)
     both = []
     for side in (weights, changed):
         reference = Reference(config, side)
@@ -546,13 +548,13 @@ def test_a_process_is_left_as_it_was(case):
     """Twice in a process of its own, which has no groups before or after."""
     program = """
 import sys
-from step35_patch.verify import api as compare
+from step35_patch.commands import verify
 assert "torch" not in sys.modules  # `step35-patch --help` has to be quick
 import argparse
 parser = argparse.ArgumentParser()
-compare.add_arguments(parser)
+verify.add_arguments(parser)
 for _ in range(2):
-    assert compare.run(parser.parse_args(sys.argv[1:])) == 0
+    assert verify.run(parser.parse_args(sys.argv[1:])) == 0
     import torch
     from megatron.core import parallel_state
     assert not torch.distributed.is_initialized()
@@ -564,6 +566,23 @@ for _ in range(2):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("AGREE") == 2
+
+
+def test_the_command_prints_no_upstream_warning(case):
+    """The real command, as a process: what it imports warns of what a user cannot act upon."""
+    arguments = ["verify", str(case[2]), "--length", str(LENGTH)]
+    done = subprocess.run(
+        [sys.executable, "-m", "step35_patch.cli", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "AGREE" in done.stdout, done.stderr
+    assert "Warning" not in done.stderr and "DEPRECATED" not in done.stderr
+
+
+def test_the_command_leaves_the_warnings_filters_as_they_were(case, monkeypatch):
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    before = list(warnings.filters), list(logger.filters)
+    assert run(monkeypatch, case[2], "--length", LENGTH, "--no-mtp") == 0
+    assert (list(warnings.filters), list(logger.filters)) == before
 
 
 def test_the_tensors_of_the_parts_are_all(case):
