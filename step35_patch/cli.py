@@ -22,7 +22,8 @@ class _Command(NamedTuple):
     description: str
 
 
-# By the names of the modules in `step35_patch.commands`.
+# By the names of the modules in `step35_patch.commands`. The demo's arguments are its own
+# (`demo --help` too): it has `main(argv)`, and argparse only lists it.
 _COMMANDS = {
     "inspect": _Command(
         help="show a config layer by layer, with exact parameter and byte counts",
@@ -41,10 +42,6 @@ _COMMANDS = {
         description="Run transformers' Step-3.5 and this package's on the same tokens, one layer "
         "of each at a time, and say where they part.",
     ),
-    "demo": _Command(
-        help="train a tiny Step-3.5 on this machine, CPU included",
-        description="Train a tiny Step-3.5 through Megatron's own training loop, on the CPU.",
-    ),
 }
 
 
@@ -58,13 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: Wrong usage (status 2) or `--help`, as argparse does.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    chosen = next((word for word in arguments if word in _COMMANDS), None)
-    # The demo parses its arguments itself (`demo --help` too).
-    if chosen == "demo" and arguments[0] == chosen:
+    if arguments[:1] == ["demo"]:
         from step35_patch.commands import demo
 
         return demo.main(arguments[1:])
-    options = _parser(chosen).parse_args(arguments)
+    options = _parser(arguments).parse_args(arguments)
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -75,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser(chosen: str | None) -> argparse.ArgumentParser:
-    """All commands, with the arguments of the chosen one."""
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands, with the arguments of the one that is chosen."""
+    chosen = next((word for word in arguments if word in _COMMANDS), None)
     parser = argparse.ArgumentParser(
         prog="step35-patch", description="Train Step-3.5 with stock Megatron-Core."
     )
@@ -85,6 +81,9 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
         subparser = commands.add_parser(name, help=command.help, description=command.description)
         if name == chosen:
             importlib.import_module(f"step35_patch.commands.{name}").add_arguments(subparser)
+    commands.add_parser(
+        "demo", help="train a tiny Step-3.5 on this machine, CPU included", add_help=False
+    )
     return parser
 
 

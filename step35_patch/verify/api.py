@@ -18,7 +18,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
-from importlib import metadata
 from typing import TYPE_CHECKING
 
 from step35_patch.verify.pieces import largest_weights
@@ -158,6 +157,8 @@ def check_reference() -> None:
 
 def package_version(package: str) -> str:
     """The name and version of an installed package, or that there is none."""
+    from importlib import metadata  # takes longer to import than all else here
+
     try:
         return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError:

@@ -256,6 +256,27 @@ def test_it_starts_without_torch():
     assert "199384301376" in done.stdout
 
 
+@pytest.mark.parametrize("command", [[], ["args"], ["convert", "to-hf"], ["inspect"], ["verify"]])
+def test_help_loads_little(command):
+    program = (
+        "import sys; from step35_patch.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: print({'torch', 'rich', 'pydantic', 'numpy'} & set(sys.modules))"
+    )
+    arguments = [sys.executable, "-c", program, *command, "--help"]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.stdout.endswith("\nset()\n"), done.stdout + done.stderr
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "step35_patch.cli", "inspect", "step-3.5-flash"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stderr == "" and "199384301376" in done.stdout
+
+
 def test_errors_of_the_process(tmp_path):
     done = run("inspect", str(tmp_path))
     assert done.returncode == 1
