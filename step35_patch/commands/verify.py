@@ -26,11 +26,13 @@ from step35_patch.verify.report import Part, Report, Weights
 if TYPE_CHECKING:
     from step35_patch.config.model import Step35Config
 
-# Warnings of Megatron-Core, by how they begin: what it misses on a GPU, where this command never
-# runs, and the spelling of a default value of its own.
+# Warnings of Megatron-Core that say nothing about a comparison on the CPU, by how they begin.
 _WARNINGS = (
+    # Kernels for GPUs, which `step35_patch.cpu` keeps off in any case.
     "(Transformer Engine and )?Apex (is|are) not installed",
+    # Megatron-Core logs with the standard library instead.
     "absl.logging is not installed",
+    # Its own default for CUDA graphs, which every TransformerConfig is warned of.
     "full scope is deprecated",
 )
 # What Megatron-Core logs for every GPTModel, which is the model that this package trains.
@@ -110,10 +112,10 @@ def _return_freed_memory() -> None:
 
 @contextlib.contextmanager
 def _without_upstream_notices() -> Iterator[None]:
-    """Leave out what Megatron-Core says of itself and a user of this command cannot act upon."""
+    """Leave `_WARNINGS` and `_DEPRECATED` out of what is printed, for the time being."""
     with warnings.catch_warnings():
         for message in _WARNINGS:
-            warnings.filterwarnings("ignore", message, UserWarning)
+            warnings.filterwarnings("ignore", message, UserWarning, r"megatron\.core\.")
         logger = logging.getLogger(_GPT_MODEL)
         logger.addFilter(_is_not_deprecation)
         try:

@@ -92,7 +92,9 @@ def _connect(model: torch.nn.Module, provider: Step35ModelProvider, weights: Wei
     loads: dict[torch.nn.Module, dict[str, Callable[[], Tensor]]] = {}
     for entry in entries_of(model, provider.step35):
         module, name = owners[id(entry.parameter)]
-        loads.setdefault(module, {})[name] = partial(entry.load, weights)
+        # An entry is typed for a folder, and asks no more of it than `Weights` says.
+        load = partial(entry.load, weights)  # type: ignore[arg-type]
+        loads.setdefault(module, {})[name] = load
     for module, by_name in loads.items():
         load_when_called(module, by_name, provider.params_dtype)
 
