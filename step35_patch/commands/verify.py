@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from step35_patch.tensors.published import Weights
 from step35_patch.verify.api import (
     check_reference,
     compare,
@@ -21,7 +22,7 @@ from step35_patch.verify.api import (
     sliding_window,
 )
 from step35_patch.verify.pieces import DTYPE_BYTES
-from step35_patch.verify.report import Part, Report, Weights
+from step35_patch.verify.report import Part, Report
 
 if TYPE_CHECKING:
     from step35_patch.config.model import Step35Config

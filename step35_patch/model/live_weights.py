@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from step35_patch.model.description import Step35Runtime
 from step35_patch.model.layer import Step35DecoderLayer
+from step35_patch.tensors.published import Weights
 from step35_patch.tensors.qkv import pack_qkv, unpack_qkv
 from step35_patch.tensors.table import (
     Cut,
@@ -27,13 +28,6 @@ from step35_patch.tensors.table import (
     mtp_prefix,
     tensor_table,
 )
-
-
-class Weights(Protocol):
-    """Where published tensors are read from; `HfFolder` and `MegatronCheckpoint` are two."""
-
-    def get(self, name: str, *index: int | slice) -> Tensor:
-        """The tensor, or the part of it that `index` selects."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.settings import GATE_LAYOUTS
 from step35_patch.tensors.table import Row, layer_rows, tensor_table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from step35_patch.config.model import Step35Config
 
 # safetensors' names of the dtypes, and the bytes of one element.
@@ -46,6 +48,13 @@ class TensorInfo:
     def num_bytes(self) -> int:
         """How many bytes its numbers take in a file, without the header."""
         return self.num_elements * _ELEMENT_BYTES[self.dtype]
+
+
+class Weights(Protocol):
+    """Where weights are read from by their published names: a folder, or a Megatron checkpoint."""
+
+    def get(self, name: str, *index: int | slice) -> Tensor:
+        """The tensor, or the part of it that `index` selects."""
 
 
 def published_tensors(

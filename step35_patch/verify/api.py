@@ -20,8 +20,9 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from step35_patch.tensors.published import Weights
 from step35_patch.verify.pieces import largest_weights
-from step35_patch.verify.report import LogitsAgreement, Part, Report, Weights
+from step35_patch.verify.report import LogitsAgreement, Part, Report
 
 if TYPE_CHECKING:
     import torch

@@ -19,15 +19,13 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in 
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.config.model import Step35Config
 from step35_patch.storage.hf_folder import HfFolder
-from step35_patch.tensors.published import TensorInfo, layer_tensors, published_tensors
-from step35_patch.verify.loading import EMBEDDING
+from step35_patch.tensors.published import TensorInfo, Weights, layer_tensors, published_tensors
+from step35_patch.tensors.table import EMBEDDING, FINAL_NORM, HEAD
 from step35_patch.verify.measures import LogitsMeasure, end_to_end_difference, own_difference
 from step35_patch.verify.ours import OurSide
 from step35_patch.verify.pieces import is_output_matrix, vocabulary_blocks
-from step35_patch.verify.reference import NORM, ReferenceSide
-from step35_patch.verify.report import LogitsAgreement, Part, Report, Weights, layer_kind
-
-HEAD = "lm_head.weight"
+from step35_patch.verify.reference import ReferenceSide
+from step35_patch.verify.report import LogitsAgreement, Part, Report, layer_kind
 
 
 class _Tolerance(NamedTuple):
@@ -156,7 +154,7 @@ class Comparison:
             self._add_layer(plan, differences, end_to_end_difference(own, expected), gaps)
         before, expected = expected, reference.norm(expected)
         own, given = ours.norm(own, before)
-        self._add_logits(HEAD, [NORM], own, given, expected)
+        self._add_logits(HEAD, [FINAL_NORM], own, given, expected)
         for depth, plan in enumerate(self._mtp_layers):
             before, expected = expected, reference.mtp_layer(depth, expected)
             own, given = ours.mtp_layer(depth, own, before)

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from step35_patch.tensors.published import Weights
+from step35_patch.tensors.table import EMBEDDING
 from step35_patch.verify.pieces import vocabulary_blocks
-from step35_patch.verify.report import Weights
-
-EMBEDDING = "model.embed_tokens.weight"
 
 
 class WithoutStorage(TorchFunctionMode):

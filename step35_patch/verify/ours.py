@@ -14,8 +14,8 @@ from torch import Tensor
 
 from step35_patch.model.live_weights import entries_of
 from step35_patch.model.provider import Step35ModelProvider
+from step35_patch.tensors.published import Weights
 from step35_patch.verify.loading import Embedding, WithoutStorage, load_when_called, own_tensors
-from step35_patch.verify.report import Weights
 
 
 class OurSide:
@@ -83,7 +83,7 @@ class OurSide:
 
 
 def _connect(model: torch.nn.Module, provider: Step35ModelProvider, weights: Weights) -> None:
-    """Let every module load what the map of `step35_patch.checkpoint` has for it."""
+    """Let every module load what `entries_of` has for it."""
     owners = {
         id(tensor): (module, name)
         for module in model.modules()
@@ -92,9 +92,7 @@ def _connect(model: torch.nn.Module, provider: Step35ModelProvider, weights: Wei
     loads: dict[torch.nn.Module, dict[str, Callable[[], Tensor]]] = {}
     for entry in entries_of(model, provider.step35):
         module, name = owners[id(entry.parameter)]
-        # An entry is typed for a folder, and asks no more of it than `Weights` says.
-        load = partial(entry.load, weights)  # type: ignore[arg-type]
-        loads.setdefault(module, {})[name] = load
+        loads.setdefault(module, {})[name] = partial(entry.load, weights)
     for module, by_name in loads.items():
         load_when_called(module, by_name, provider.params_dtype)
 

@@ -26,10 +26,9 @@ from transformers.models.step3p7.modeling_step3p7 import (
 
 from step35_patch.config.layer_plan import FULL_ATTENTION, LayerPlan
 from step35_patch.config.model import Step35Config
+from step35_patch.tensors.published import Weights
+from step35_patch.tensors.table import FINAL_NORM
 from step35_patch.verify.loading import Embedding, WithoutStorage, load_when_called, own_tensors
-from step35_patch.verify.report import Weights
-
-NORM = "model.norm.weight"
 
 
 class _ExpertWeights:
@@ -140,7 +139,7 @@ class ReferenceSide:
         """The final norm: [b, s, h] -> [b, s, h]."""
         with WithoutStorage():
             norm = Step3p7RMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
-        load_when_called(norm, {"weight": partial(self._weights.get, NORM)}, self._dtype)
+        load_when_called(norm, {"weight": partial(self._weights.get, FINAL_NORM)}, self._dtype)
         normed: Tensor = norm(hidden)
         return normed
 

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from step35_patch.config.layer_plan import LayerPlan
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-
-class Weights(Protocol):
-    """Where weights come from, by their published names.
-
-    `step35_patch.storage` has two: `HfFolder` and `MegatronCheckpoint`.
-    """
-
-    def get(self, name: str, *index: int | slice) -> Tensor:
-        """The tensor, or the part of it that `index` selects."""
+    pass
 
 
 @dataclass(frozen=True, slots=True)
