@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytest.register_assert_rewrite("support")
+
 if not torch.cuda.is_available():
     from step35_patch import cpu
 

@@ -8,13 +8,7 @@ import pytest
 import torch
 from support.ours import build, initialize_megatron, run
 from support.parity import compare
-from support.reference import (
-    Reference,
-    random_tokens,
-    random_weights,
-    tiny_config,
-    write_hf_folder,
-)
+from support.reference import Reference, random_tokens, random_weights, tiny_config, write_hf_folder
 
 import step35_patch
 from step35_patch import Step35Config, Step35DecoderLayer, Step35ModelProvider

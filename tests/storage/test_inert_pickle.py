@@ -47,7 +47,9 @@ def test_plain_values(value, protocol):
 
 @pytest.mark.parametrize("protocol", [p for p in PROTOCOLS if p >= 4])
 @pytest.mark.parametrize(
-    "value", [b"", b"a" * 300, b"b" * 70_000, {1, "a", (2, 3)}, frozenset((4, "c"))], ids=repr
+    "value",
+    [b"", b"a" * 300, b"b" * 70_000, {1, "a", (2, 3)}, frozenset((4, "c"))],
+    ids=["no bytes", "bytes", "many bytes", "set", "frozenset"],
 )
 def test_values_that_protocol_4_has_operations_for(value, protocol):
     assert load_inert(pickle.dumps([value, value], protocol)) == [value, value]

@@ -1,0 +1,58 @@
+import json
+import textwrap
+
+import pytest
+from support.installed import PUBLISHED, Installed, new_environment, wheel_environment
+
+# What becomes of a layer spec: the kinds of layer that a builder makes for a config.
+CHECK = f"""
+import json
+PUBLISHED = {str(PUBLISHED)!r}
+
+def config_of(step35):
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from step35_patch import Step35Config
+    from step35_patch.model.megatron_fields import model_fields
+    if step35:
+        return TransformerConfig(**model_fields(Step35Config.from_pretrained(PUBLISHED)))
+    return TransformerConfig(
+        num_layers=2, hidden_size=64, num_attention_heads=4, normalization="RMSNorm"
+    )
+
+def layers(builder, step35=True):
+    block = builder(
+        config_of(step35), use_transformer_engine=False, normalization="RMSNorm", pp_rank=0
+    )
+    return {{spec.module.__name__ for spec in block.layer_specs}}
+
+OURS, STOCK = {{"Step35DecoderLayer"}}, {{"TransformerLayer"}}
+"""
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Installed:
+    return wheel_environment(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def without_package(tmp_path_factory) -> Installed:
+    return new_environment(tmp_path_factory.mktemp("without_package"))
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A function that writes a script, after `CHECK`, and returns its path."""
+
+    def write(code: str, name: str = "script.py"):
+        path = tmp_path / name
+        path.write_text(CHECK + textwrap.dedent(code))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def broken_config(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(PUBLISHED.read_text()) | {"head_dim": -3}))
+    return path
