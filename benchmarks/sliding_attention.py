@@ -19,7 +19,7 @@ of output and gradients must agree in the first round. Peak memory is the larges
 during forward and backward, beyond inputs and mask.
 
 Not covered: GPUs, Transformer Engine, masks beyond the window, packed sequences, dropout, the rest
-of the layer, and the precision that fp16 and bf16 lose (see tests/model/test_windowed_attention.py).
+of the layer, and the precision that fp16 and bf16 lose (tests/model/test_windowed_attention.py).
 
 Needs Linux, for its memory accounting. Run it from the repository with the package and
 Megatron-Core importable:
