@@ -226,7 +226,7 @@ def compare(case: tuple[str, int, int], results: dict[str, dict]) -> None:
     """Squared norms of output and gradients must agree: a fast wrong answer is no result."""
     expected = results["step35_patch"]["check"]
     for name, result in results.items():
-        for ours, theirs in zip(expected, result.get("check", expected)):
+        for ours, theirs in zip(expected, result.get("check", expected), strict=True):
             if abs(theirs / ours - 1) > (1e-4 if case[0] == "float32" else 2e-2):
                 raise RuntimeError(f"{case}: {name} and step35_patch disagree: {results}")
 
@@ -244,7 +244,11 @@ def times(done: list[dict], key: str) -> list[float]:
 
 
 def ratios(over: list[dict], under: list[dict]) -> list[float]:
-    return spread([a["total_s"] / b["total_s"] for a, b in zip(over, under)]) if over else []
+    return (
+        spread([a["total_s"] / b["total_s"] for a, b in zip(over, under, strict=False)])
+        if over
+        else []
+    )
 
 
 def environment() -> dict[str, str]:
@@ -274,7 +278,7 @@ def table(cases: list[tuple[str, int, int]], results: dict) -> list[dict[str, st
         values = values or [""] * 3
         return {
             f"{name}_{p}": f"{value:.{digits}f}" if values[0] != "" else ""
-            for p, value in zip(("p20", "p50", "p80"), values)
+            for p, value in zip(("p20", "p50", "p80"), values, strict=True)
         }
 
     rows = []

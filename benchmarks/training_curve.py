@@ -2,13 +2,13 @@
 
     python benchmarks/training_curve.py
 
-Runs `train_ours` and `train_reference` of tests/support/training_curve.py (the setting is described there)
+Runs `train_ours` and `train_reference` of tests/support/training_curve.py, which describes them,
 and writes results/training_curve.csv and results/training_curve.png: both losses, those of the MTP
 layers, and the largest relative difference of any of them, by iteration.
 
 It covers a tiny model with every feature of Step-3.5 in fp32 on the CPU, Megatron-Core's optimizer,
 clipping and MTP losses. It says nothing about speed, about other precisions, or about the size at
-which the published model is trained. tests/training/test_training_curve.py holds the curves to 1e-3.
+which the published model is trained. tests/training/test_training_curve.py holds them to 1e-3.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def _versions() -> str:
     import step35_patch
 
     return (
-        f"step35_patch {step35_patch.__version__}, Megatron-Core {megatron.core.__version__}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, fp32, CPU "
+        f"step35_patch {step35_patch.__version__}, Megatron-Core {megatron.core.__version__}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}, fp32, CPU "
         f"({platform.machine()}), {datetime.date.today()}"
     )
 
@@ -70,8 +70,8 @@ def _write_csv(path: Path, ours, theirs, apart) -> None:
             + [f"{whose}mtp_{depth}_loss" for depth in depths for whose in ("", "reference_")]
             + ["largest_relative_difference"]
         )
-        for step, (a, b, difference) in enumerate(zip(ours, theirs, apart), start=1):
-            mtp = [x for pair in zip(a.mtp_losses, b.mtp_losses) for x in pair]
+        for step, (a, b, difference) in enumerate(zip(ours, theirs, apart, strict=True), start=1):
+            mtp = [x for pair in zip(a.mtp_losses, b.mtp_losses, strict=True) for x in pair]
             numbers = [f"{x:.6f}" for x in (a.loss, b.loss, *mtp)]
             writer.writerow([step, *numbers, f"{difference:.3g}"])
 

@@ -1,4 +1,4 @@
-"""What ./run does once it has a Python: set up .venv, then run the demo, the checks or the tests in it.
+"""What ./run does once it has a Python: set up .venv, then run the demo, checks or tests in it.
 
 Standard library only. The set-up is skipped while what it depends on is unchanged, so that a
 second run needs no network; one that was interrupted is started afresh.

@@ -204,7 +204,7 @@ def test_mtp_layers_that_are_not_trained_are_kept(case, tmp_path, trained):
     _, weights, folder = case
     model = build(folder, mtp_num_layers=trained)
     assert len(getattr(model, "mtp_output_layers", torch.nn.Module())._modules) == (trained or 0)
-    with pytest.raises(ValueError, match="mtp_from: the model has . of the config's 2 MTP layers"):
+    with pytest.raises(ValueError, match=r"mtp_from: the model has . of the config's 2 MTP layers"):
         save_hf_weights(model, tmp_path / "out")
     with torch.no_grad():
         model.decoder.final_layernorm.weight += 1
@@ -231,7 +231,7 @@ def test_drifted_gate_is_refused(case):
     name = "decoder.layers.1.self_attention.linear_qkv.weight"
     state[name] = state[name].clone()
     state[name][3 * 16 + 5] += 0.25  # row 5 of the first head's gate
-    with pytest.raises(DriftedGateError, match="layer 1: linear_qkv: .* up to 0.25"):
+    with pytest.raises(DriftedGateError, match=r"layer 1: linear_qkv: .* up to 0.25"):
         model.load_state_dict(state)
 
 
@@ -266,8 +266,8 @@ def test_qkv_rows_stand_by_group(gate_layout):
         assert torch.equal(second[48 : 48 + rows], g[3:].repeat_interleave(rows // 3, 0))
     assert torch.equal(second[48 + rows : 64 + rows], k[16:])
     assert torch.equal(second[64 + rows :], v[16:])
-    for found, wanted in zip(unpack_qkv(packed, plan, gate_layout, "w"), (q, k, v, g)):
-        assert found is None and gate_layout is None or torch.equal(found, wanted)
+    for found, wanted in zip(unpack_qkv(packed, plan, gate_layout, "w"), (q, k, v, g), strict=True):
+        assert (found is None and gate_layout is None) or torch.equal(found, wanted)
 
 
 def test_gate_layouts_have_the_published_sizes():

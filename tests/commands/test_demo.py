@@ -34,7 +34,7 @@ def test_tiny_config_has_the_published_layers():
     published = Step35Config.from_pretrained(packaged_config_path()).layers[-12:]
     tiny = Step35Config.from_dict(demo.tiny_config()).layers
     assert len(tiny) == 12
-    for ours, theirs in zip(tiny, published):
+    for ours, theirs in zip(tiny, published, strict=True):
         for name in ("attention_type", "is_mtp", "rotary_base", "rotary_percent"):
             assert getattr(ours, name) == getattr(theirs, name), (ours.index, name)
         for name in ("window_size", "rope_scaling", "swiglu_limit", "swiglu_limit_shared"):
@@ -54,7 +54,7 @@ def short_demo(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
 @pytest.mark.slow
 @pytest.mark.megatron
 def test_demo_trains_resumes_and_says_what_it_did(short_demo):
-    result, folder = short_demo
+    result, _ = short_demo
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"\] +8/8 +loss \d\.\d+ +MTP \d\.\d+ \d\.\d+ \d\.\d+\n", result.stdout)
     fell = re.search(r"The loss fell from (\d\.\d+) to (\d\.\d+)", result.stdout)
@@ -126,7 +126,7 @@ def test_a_loss_that_rises_fails():
 
 
 def test_a_run_that_stops_early_fails():
-    with pytest.raises(demo.DemoError, match="each of 10 iterations.*found 9"):
+    with pytest.raises(demo.DemoError, match=r"each of 10 iterations.*found 9"):
         demo.check_loss_fell({i: 5.0 - 0.1 * i for i in range(1, 10)}, 10)
 
 

@@ -204,7 +204,7 @@ def test_moe_layers_as_text_or_list(enum):
 def test_a_dense_model_needs_no_experts(changes):
     data = tiny(**changes)
     for name in list(data):
-        if name.startswith("moe_") and name != "moe_layers_enum" or name == "share_expert_dim":
+        if (name.startswith("moe_") and name != "moe_layers_enum") or name == "share_expert_dim":
             del data[name]
     assert not any(plan.is_moe for plan in Step35Config.from_dict(data).layers)
 

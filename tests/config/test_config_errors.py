@@ -413,9 +413,10 @@ def test_whatever_is_in_a_config_it_is_legal_or_the_error_is_ours(seed):
         try:
             config = Step35Config.from_dict(data)
         except Step35ConfigError as error:
-            assert len(str(error).splitlines()) == 1 + len(error.problems)
+            # To be accepted is as good an end as an error of the right form.
+            assert len(str(error).splitlines()) == 1 + len(error.problems)  # noqa: PT017
             # Pydantic's own words name no field of ours.
-            assert "Input should" not in str(error)
+            assert "Input should" not in str(error)  # noqa: PT017
         else:
             layers = config.num_hidden_layers + config.num_nextn_predict_layers
             assert len(config.layers) == layers

@@ -109,7 +109,9 @@ def test_torch_reads_the_checkpoint(case, tmp_path):
     assert torch.equal(experts, torch.cat([gate, up], dim=1))
     qkv = found["mtp.layers.1.transformer_layer.self_attention.linear_qkv.weight"]
     q, g, k, v = (weights[f"model.layers.7.self_attn.{n}_proj.weight"] for n in "qgkv")
-    groups = [torch.cat(p) for p in zip(q.chunk(2), g.chunk(2), k.chunk(2), v.chunk(2))]
+    groups = [
+        torch.cat(p) for p in zip(q.chunk(2), g.chunk(2), k.chunk(2), v.chunk(2), strict=True)
+    ]
     assert torch.equal(qkv, torch.cat(groups))
     assert found["decoder.layers.3.mlp.router.expert_bias"].dtype == torch.float32
 

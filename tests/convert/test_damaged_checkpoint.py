@@ -344,7 +344,7 @@ def _forge_common_state(folder, bomb):
 
 
 def _forge_record(folder, bomb):
-    file, offset, length = _distcp_of(folder, EXPERTS)
+    file, *_ = _distcp_of(folder, EXPERTS)
     record = folder.parent / "record"
     torch.save(bomb, record)
     end = file.stat().st_size

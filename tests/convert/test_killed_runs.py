@@ -88,7 +88,7 @@ def test_end_before_every_change_on_the_disk(direction, tmp_path, name):
         else:
             assert ended.status in ((0, 130) if left == "new" else (130,)), told
             assert "Traceback" not in ended.text and not list(tmp_path.rglob("*.partial")), told
-            assert left == "old" or left == "new" and "again to go on" not in ended.text, told
+            assert left == "old" or (left == "new" and "again to go on" not in ended.text), told
         again = direction.convert(out, *options, size=ONE)
         assert again.status == 0, f"{told} {again.text}"
         direction.assert_whole(out, ONE)

@@ -1,4 +1,4 @@
-"""The options of a conversion, by themselves and on the command line; other files; the progress bar."""
+"""Options of a conversion, also on the command line; the files copied along; the progress bar."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from step35_patch.tensors.qkv import DriftedGateError
 
 
 def test_drifted_gates_are_refused_or_averaged(case, tmp_path):
-    config, weights, hf = case
+    _, weights, hf = case
     convert_to_megatron(hf, tmp_path / "m", gate_layout="expanded")
     tensors = stored_tensors(tmp_path / "m" / "release")
     # Layer 1: 6 heads in 2 groups of 16 channels: 3 * 16 rows of q, then 3 * 16 of the gate.
@@ -54,7 +54,7 @@ def test_gate_row_that_became_nan_is_no_equal_row(case, tmp_path):
     tensors = stored_tensors(tmp_path / "m" / "release")
     tensors["decoder.layers.1.self_attention.linear_qkv.weight"][3 * 16 + 16 + 2] = float("nan")
     drifted = save_dcp(tmp_path / "drifted", tensors)
-    with pytest.raises(DriftedGateError, match="model.layers.1.self_attn.g_proj.weight: by up to"):
+    with pytest.raises(DriftedGateError, match=r"model.layers.1.self_attn.g_proj.weight: by up to"):
         convert_to_hf(drifted, tmp_path / "back", hf_dir=hf)
 
 
@@ -161,7 +161,7 @@ def test_untrained_mtp_layers_are_copied(case, tmp_path):
         convert_to_hf(tmp_path / "m", tmp_path / "other", hf_dir=hf, mtp_from=hf)
     # A layer of which a part is there is not an untrained one.
     del fewer["mtp.layers.0.enorm.weight"]
-    with pytest.raises(CheckpointError, match="mtp.layers.0.enorm.weight: missing"):
+    with pytest.raises(CheckpointError, match=r"mtp.layers.0.enorm.weight: missing"):
         convert_to_hf(save_dcp(tmp_path / "half", fewer), tmp_path / "b", hf_dir=hf, mtp_from=hf)
 
 

@@ -1,4 +1,4 @@
-"""Operations, parameters and memory: against built models, torch's counter and the published sizes."""
+"""Operations, parameters and memory against built models, torch's counter and published sizes."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_reports_of_a_pipeline(megatron_args, monkeypatch):
 
 
 def test_model_runs_what_is_counted(tmp_path):
-    """Ours, too, runs no other matrix products than the reference: torch's count of one layer kind."""
+    """Our layers run the same matrix products as the reference, by torch's count of each kind."""
     config = tiny_config(num_nextn_predict_layers=0, use_moe=False, moe_layers_enum="")
     for name in ("layer_types", "rope_theta", "partial_rotary_factors", "swiglu_limits"):
         config[name] = config[name][:6]

@@ -61,14 +61,14 @@ def call(module, inputs, mask=None, mask_type=None, bias=None, packed_seq_params
     )
 
 
-@pytest.mark.parametrize("window_size,window_left", [(None, None), ((20, 0), 20), ([7, 0], 7)])
+@pytest.mark.parametrize(("window_size", "window_left"), [(None, None), ((20, 0), 20), ([7, 0], 7)])
 def test_the_module_reads_its_layers_window(window_size, window_left):
     module = attention(window_size=window_size)
     mask = document_mask(100, 60, 40)
     for given in (None, mask):
         assert_exact(
-            lambda q, k, v: call(module, (q, k, v), given, AttnMaskType.causal),
-            lambda q, k, v: naive(q, k, v, window_left, given),
+            lambda q, k, v, mask=given: call(module, (q, k, v), mask, AttnMaskType.causal),
+            lambda q, k, v, mask=given: naive(q, k, v, window_left, mask),
             random_qkv(100, 2, 4, 2, 16),
         )
 
@@ -85,7 +85,11 @@ def test_the_softmax_scale_is_the_configs_or_that_of_the_head_dimension():
     inputs = random_qkv(50, 1, 4, 2, 16)
     by_default, given = attention(), attention(softmax_scale=0.7)
     for module, scale in ((by_default, 0.25), (given, 0.7)):
-        assert_exact(lambda *x: call(module, x), lambda *x: naive(*x, 20, scale=scale), inputs)
+        assert_exact(
+            lambda *x, module=module: call(module, x),
+            lambda *x, scale=scale: naive(*x, 20, scale=scale),
+            inputs,
+        )
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -104,8 +108,8 @@ def test_packed_sequences_through_the_module(padded):
     bounds = [(0, 30, 40), (40, 70, 80)] if padded else [(0, 30, 30), (30, 70, 70)]
     for mask_type in (None, AttnMaskType.causal, AttnMaskType.padding_causal):
         assert_exact(
-            lambda q, k, v: call(
-                attention(), (q, k, v), mask_type=mask_type, packed_seq_params=params
+            lambda *x, kind=mask_type: call(
+                attention(), x, mask_type=kind, packed_seq_params=params
             ),
             naive_packed(20, bounds),
             random_packed(sum(bounds[-1][::2]), heads=4),
@@ -166,7 +170,7 @@ def test_recomputation_gives_the_same_gradients(window_size):
     torch.manual_seed(7)
     kept = with_gradients(lambda *x: call(module, x), inputs)
     torch.manual_seed(7)
-    for a, b in zip(kept, with_gradients(recomputed, inputs)):
+    for a, b in zip(kept, with_gradients(recomputed, inputs), strict=True):
         assert torch.equal(a, b)
 
 
@@ -185,7 +189,7 @@ def test_nothing_is_kept_in_checkpoints():
 
 
 @pytest.mark.parametrize(
-    "changes,message",
+    ("changes", "message"),
     [
         (dict(window_size=(20, 1)), r"window_size: .*found \(20, 1\)"),
         (dict(window_size=(-1, 0)), r"window_size: .*found \(-1, 0\)"),
@@ -212,7 +216,7 @@ def test_cross_attention_is_an_error():
 
 
 @pytest.mark.parametrize(
-    "arguments,message",
+    ("arguments", "message"),
     [
         (dict(bias=torch.zeros(1, 4, 8, 8)), r"attention_bias: expected None, found .*\[1, 4, 8"),
         (dict(mask_type=AttnMaskType.no_mask), "attn_mask_type: .*found AttnMaskType.no_mask"),
@@ -246,7 +250,7 @@ def test_what_it_does_not_do_is_an_error_when_it_is_called(arguments, message):
 def test_what_context_parallelism_cannot_do_is_an_error():
     module = attention(pg_collection=process_groups(tp=1, cp=4))
     inputs = random_qkv(8, 1, 4, 2, 16)
-    with pytest.raises(ValueError, match="attention_mask: .*no-create-attention-mask"):
+    with pytest.raises(ValueError, match=r"attention_mask: .*no-create-attention-mask"):
         call(module, inputs, mask=torch.zeros(1, 1, 8, 32, dtype=torch.bool))
     with pytest.raises(ValueError, match="qkv_format: expected 'sbhd' under context"):
         call(module, inputs, packed_seq_params=PackedSeqParams(qkv_format="thd"))

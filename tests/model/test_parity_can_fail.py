@@ -151,7 +151,7 @@ def case(tmp_path_factory):
 
 
 def _assert_parity_fails(model, config, weights):
-    with pytest.raises(AssertionError, match="logits|loss|model.layers"):
+    with pytest.raises(AssertionError, match=r"logits|loss|model.layers"):
         compare(model, Reference(config, weights), seed=11, length=4 * WINDOW)
 
 
@@ -162,7 +162,7 @@ def test_the_unchanged_model_passes(case):
 
 @pytest.mark.parametrize("name", WRONG_CONFIGS)
 def test_wrong_config_is_seen(case, tmp_path, name):
-    config, weights, folder = case
+    config, weights, _ = case
     wrong = write_hf_folder(tmp_path / "wrong", config | WRONG_CONFIGS[name], weights)
     _assert_parity_fails(build(wrong), config, weights)
 

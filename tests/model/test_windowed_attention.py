@@ -27,7 +27,7 @@ pytestmark = pytest.mark.megatron
 
 
 @pytest.mark.parametrize(
-    "window,s",
+    ("window", "s"),
     [
         (window, s)
         for window in (1, 2, 5, 32, 100)
@@ -41,7 +41,7 @@ def test_every_length_around_the_window_and_the_blocks_is_exact(window, s):
     assert_exact(ours(window - 1), lambda q, k, v: naive(q, k, v, window - 1), inputs)
 
 
-@pytest.mark.parametrize("heads,groups", [(1, 1), (4, 4), (4, 2), (3, 1), (12, 1), (24, 2)])
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 4), (4, 2), (3, 1), (12, 1), (24, 2)])
 @pytest.mark.parametrize("window_left", [None, 40])
 def test_every_grouping_of_heads_is_exact(heads, groups, window_left):
     inputs = random_qkv(333, 2, heads, groups, 16)
@@ -109,7 +109,9 @@ def test_the_plain_causal_mask_changes_nothing(window_left):
     inputs = random_qkv(200, 2, 4, 2, 16)
     mask = causal_mask(200).expand(2, -1, -1, -1)
     for bare, masked in zip(
-        with_gradients(ours(window_left), inputs), with_gradients(ours(window_left, mask), inputs)
+        with_gradients(ours(window_left), inputs),
+        with_gradients(ours(window_left, mask), inputs),
+        strict=True,
     ):
         torch.testing.assert_close(masked, bare, rtol=1e-6, atol=1e-6)
 
@@ -156,7 +158,7 @@ def test_a_mask_over_packed_sequences_counts():
 
 
 @pytest.mark.parametrize(
-    "cu_seqlens,cu_seqlens_padded,message",
+    ("cu_seqlens", "cu_seqlens_padded", "message"),
     [
         ([0, 60], None, r"cu_seqlens: expected .* 100 tokens of the batch, found \[0, 60\]"),
         ([0, 60, 120], None, r"cu_seqlens: .*found \[0, 60, 120\]"),
@@ -263,7 +265,7 @@ def test_dropout_keeps_the_mean_and_drops_the_asked_share(window_left):
 
 
 @pytest.mark.parametrize(
-    "shapes,window_left,mask,message",
+    ("shapes", "window_left", "mask", "message"),
     [
         ([(8, 1, 4, 16), (9, 1, 2, 16)], None, None, "key: expected .* KV cache"),
         ([(8, 1, 4, 16), (8, 1, 3, 16)], None, None, "a multiple of key's 3 heads, found 4"),
@@ -292,7 +294,7 @@ def test_key_and_value_of_different_shapes_are_an_error():
 
 
 @pytest.mark.parametrize("window_left", [None, 0, 5, 20, 100])
-@pytest.mark.parametrize("s,keys", [(8, 8), (8, 9), (8, 40), (40, 48), (1, 30)])
+@pytest.mark.parametrize(("s", "keys"), [(8, 8), (8, 9), (8, 40), (40, 48), (1, 30)])
 def test_the_last_tokens_attend_as_in_the_whole_sequence(s, keys, window_left):
     q, k, v = random_qkv(keys, 2, 6, 2, 16)
     options = dict(window_left=window_left, softmax_scale=0.3)

@@ -29,7 +29,7 @@ def test_wheel_contents(wheel):
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith("/METADATA"))
         metadata = Parser().parsestr(archive.read(metadata).decode())
-    assert STARTUP <= names
+    assert names >= STARTUP
     assert {
         "step35_patch/py.typed",
         "step35_patch/data/step-3.5-flash.json",
@@ -62,7 +62,7 @@ def test_install_and_uninstall(installer, editable, wheel, tmp_path):
         source = (wheel,)
     install("install", "--no-deps", *source)
     files = {path.name for path in set(installed.site_packages.iterdir()) - before}
-    assert STARTUP <= files
+    assert files >= STARTUP
 
     started = "import sys; print('step35_patch' in sys.modules)"
     assert installed.check("-c", started, STEP35_PATCH="1") == "True\n"

@@ -1,6 +1,6 @@
 """Activation as a user meets it: an installed wheel, subprocesses, the real Megatron-Core.
 
-Most tests run one script; its assertions are the test's. `CHECK` of conftest.py holds what they share.
+Most tests run one script, whose assertions are the test's; `CHECK` is what they share.
 """
 
 import pytest
@@ -48,7 +48,7 @@ else:
 
 
 @pytest.mark.parametrize(
-    "name, value, legal",
+    ("name", "value", "legal"),
     [
         ("STEP35_PATCH", "yes", "'0' or '1'"),
         ("STEP35_ALLOW_UNTESTED", "true", "'0' or '1'"),
@@ -181,7 +181,8 @@ def test_deactivate_restores_and_twice_is_once(installed, script, tmp_path):
         once = str(step35_patch.status())
 
         # Twice, also from several threads at once, is once.
-        threads = [threading.Thread(target=step35_patch.activate, args=(PUBLISHED,)) for _ in range(8)]
+        activate = functools.partial(step35_patch.activate, PUBLISHED)
+        threads = [threading.Thread(target=activate) for _ in range(8)]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
         assert everything() == patched
@@ -390,7 +391,8 @@ def test_a_missing_target_is_refused(installed, script, first):
                 assert "no_such_builder" in str(error) and "no_such_option" not in str(error)
             else:
                 raise AssertionError
-        activation.TARGETS = tuple(t for t in activation.TARGETS if t.attribute != "no_such_builder")
+        kept = (t for t in activation.TARGETS if t.attribute != "no_such_builder")
+        activation.TARGETS = tuple(kept)
         step35_patch.activate(PUBLISHED)
         assert layers(importlib.import_module(module).get_gpt_decoder_block_spec) == OURS
         missing = [t.attribute for t in step35_patch.status().targets if t.state == "missing"]

@@ -120,7 +120,7 @@ def test_nothing_is_exchanged_without_a_config(active):
 
 def test_contradictions_are_listed_together(active):
     config = hand_made(active[0], num_query_groups=4, moe_router_topk=1, ffn_hidden_size=64)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="num_query_groups") as error:
         gpt_layer_specs.get_gpt_decoder_layer_specs(config, use_transformer_engine=False)
     for line in (
         "num_query_groups: the config needs 2, the TransformerConfig has 4",
@@ -170,7 +170,7 @@ def test_stock_layer_inside_the_model_is_an_error(active):
     mtp_spec = builder(transformer_config, stock, LocalSpecProvider())
     # The MTP layer's stock norms refuse a zero-centred gamma before the check is reached.
     transformer_config.layernorm_zero_centered_gamma = True
-    with pytest.raises(Exception, match="zero_centered_gamma|stock TransformerLayer"):
+    with pytest.raises(Exception, match=r"zero_centered_gamma|stock TransformerLayer"):
         gpt_model(transformer_config, spec, mtp_spec)
 
 
@@ -249,7 +249,7 @@ def test_layer_index_of_every_kind(active):
             layer(**where)
     with pytest.raises(ValueError, match="the config has MoE there"):
         layer(layer_number=4)
-    with pytest.raises(ValueError, match="no Step-3.5 model"):
+    with pytest.raises(ValueError, match=r"no Step-3.5 model"):
         Step35DecoderLayer(other_model(), dense.submodules)
 
 

@@ -16,7 +16,8 @@ def test_launcher_runs_a_script_as_python_does(installed, tmp_path):
         "if '-m' not in sys.orig_argv: import step35_patch\n"
         "import beside, step35_patch\n"
         "assert step35_patch.status().state != 'off'\n"
-        "print([__name__, __file__, sys.argv, sys.path[0], sys.modules['__main__'].__dict__ is globals()])\n"
+        "main = sys.modules['__main__'].__dict__ is globals()\n"
+        "print([__name__, __file__, sys.argv, sys.path[0], main])\n"
         "sys.exit(3)\n"
     )
     plain = installed.run(program, "-m", "--flag", "x")
@@ -32,7 +33,7 @@ def test_launcher_runs_a_module(installed):
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    ("arguments", "words"),
     [
         (("no_such_script.py", "x"), ("no_such_script.py", "no such file", "usage:")),
         ((), ("usage:",)),

@@ -39,7 +39,7 @@ def assert_exact(function, reference, inputs, tolerance=3e-6):
     doubles = [x.detach().double().requires_grad_() for x in inputs]
     names = ("output", "query.grad", "key.grad", "value.grad")
     found = with_gradients(function, inputs)
-    for name, ours, exact in zip(names, found, with_gradients(reference, doubles)):
+    for name, ours, exact in zip(names, found, with_gradients(reference, doubles), strict=True):
         assert ours.isfinite().all(), name
         # clamp: a softmax over a single key has no gradient but rounding.
         error = (ours.double() - exact).abs().max() / exact.abs().max().clamp(min=1.0)

@@ -39,7 +39,7 @@ def assert_agrees(report):
     for logits in report.logits:
         assert 1 - 1e-9 < logits.cosine_min <= logits.cosine_mean < 1 + 1e-9
         assert logits.top1 == 1
-        assert 0 < logits.largest and 0 < logits.relative < 1e-5
+        assert logits.largest > 0 and 0 < logits.relative < 1e-5
 
 
 def change(tensor):

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node N convert_worker.py HF_DIR CHECKPOINT LOGITS OUT LAYOUT
 
 Loads CHECKPOINT (a release) with Megatron-Core's dist_checkpointing into a model under LAYOUT (JSON
-overrides of Step35ModelProvider), holds its logits on the tokens of seed 1 against the tensor in the
-file LOGITS, and saves it again with Megatron-Core at OUT.
+overrides of Step35ModelProvider), holds its logits on the tokens of seed 1 against the tensor in
+the file LOGITS, and saves it again with Megatron-Core at OUT.
 """
 
 from __future__ import annotations

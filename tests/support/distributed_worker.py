@@ -1,4 +1,4 @@
-"""One rank of tests/checkpoint/test_distributed.py: load, compare the loss, save, compare the files.
+"""One rank of tests/checkpoint/test_distributed.py: load, compare the loss, save, compare files.
 
     torchrun --nproc-per-node N distributed_worker.py HF_DIR OUT_DIR EXPECTED_LOSS LAYOUT
 

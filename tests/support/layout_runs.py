@@ -174,12 +174,12 @@ def write_config(folder: Path) -> Path:
 def assert_same_training(
     found: dict[int, Iteration], expected: dict[int, Iteration], tolerance: float = 2e-5
 ) -> None:
-    """Losses agree within fp32 rounding at every iteration, gradient norms within the log's digits."""
+    """Losses agree within fp32 rounding at every iteration, gradient norms to the log's digits."""
     assert sorted(found) == sorted(expected)
     for number, wanted in expected.items():
         got = found[number]
         assert len(got.mtp_losses) == len(wanted.mtp_losses), number
-        pairs = zip((got.loss, *got.mtp_losses), (wanted.loss, *wanted.mtp_losses))
+        pairs = zip((got.loss, *got.mtp_losses), (wanted.loss, *wanted.mtp_losses), strict=True)
         for loss, wanted_loss in pairs:
             assert abs(loss / wanted_loss - 1) < tolerance, (number, got, wanted)
         assert abs(got.grad_norm - wanted.grad_norm) < 2e-3, (number, got, wanted)

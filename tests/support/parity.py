@@ -55,7 +55,7 @@ FEATURES = {
     },
     "three MTP layers": {
         "num_nextn_predict_layers": 3,
-        "layer_types": _types + [SLIDING],
+        "layer_types": [*_types, SLIDING],
         "rope_theta": tiny_config()["rope_theta"] + [10.0],
         "partial_rotary_factors": tiny_config()["partial_rotary_factors"] + [1.0],
         "swiglu_limits": tiny_config()["swiglu_limits"] + [0.0],

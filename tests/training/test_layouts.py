@@ -91,8 +91,8 @@ def test_checkpoint_is_resharded_and_resumed(start, tmp_path):
     assert_same_training(first, start.expected)
     resume = ["--load", str(saved), "--ckpt-step", str(half), "--exit-on-missing-checkpoint"]
 
-    # The same layout: bit for bit, in the log and in every tensor that is saved at the end. (Megatron
-    # logs the mean of the first two losses at the second iteration after a start.)
+    # The same layout: bit for bit, in the log and in every tensor that is saved at the end.
+    # (Megatron logs the mean of the first two losses at the second iteration after a start.)
     over = ["--save", str(tmp_path / "again"), "--save-interval", str(half)]
     again = iterations(run(start.config, *arguments(), *tp2, *resume, *over, processes=2))
     assert sorted(again) == list(range(half + 1, ITERATIONS + 1))

@@ -112,7 +112,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("tensor, change, part", FAULTS, ids=[fault[0] for fault in FAULTS])
+@pytest.mark.parametrize(("tensor", "change", "part"), FAULTS, ids=[fault[0] for fault in FAULTS])
 def test_a_wrong_tensor_of_ours_is_found(case, tensor, change, part):
     _, weights, folder = case
     source = Source(weights | {tensor: change(weights[tensor])})

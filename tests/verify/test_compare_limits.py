@@ -119,12 +119,12 @@ def test_the_length_is_beyond_the_window():
 
 def test_other_arguments_are_refused(case, tmp_path, monkeypatch):
     config, weights, folder = case
-    with pytest.raises(ValueError, match="dtype: expected one of .* found torch.float16"):
+    with pytest.raises(ValueError, match=r"dtype: expected one of .* found torch.float16"):
         compare(folder, dtype=torch.float16)
     with pytest.raises(ValueError, match="batch: expected at least 1, found 0"):
         compare(folder, batch=0)
     few = {name: tensor for name, tensor in weights.items() if "layers.3" not in name}
-    with pytest.raises(CheckpointError, match="model.layers.3.moe.gate.weight: missing"):
+    with pytest.raises(CheckpointError, match=r"model.layers.3.moe.gate.weight: missing"):
         compare(write_hf_folder(tmp_path, config, few))
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="world size: expected 1, found 2"):

@@ -40,7 +40,8 @@ def test_the_command_prints_what_agrees(case, monkeypatch, capsys):
         assert f"logits of {head}\n  cosine              1.000000000 at least" in out
     assert out.count("top-1 agreement     100.00%") == 3
     assert out.endswith(
-        "first layer that differs: none\nAGREE: no part differs by more than 0.0001 of what it does\n"
+        "first layer that differs: none\n"
+        "AGREE: no part differs by more than 0.0001 of what it does\n"
     )
 
 
