@@ -9,7 +9,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-# The names sort after `__editable__*.pth`, which makes the package of an editable install importable.
+# The names sort after `__editable__*.pth`, which makes an editable install's package importable.
 STARTUP = [
     "startup/a1_step35_patch.pth",
     "startup/a1_step35_patch.start",

@@ -94,7 +94,7 @@ def datasets_provider(train_val_test_num_samples, vp_stage=None):
     topics = pydoc_data.topics.topics
     text = "\n".join(topics[name] for name in sorted(topics)).encode()
     cut = len(text) * 9 // 10
-    parts = zip((text[:cut], text[cut:], text[cut:]), train_val_test_num_samples)
+    parts = zip((text[:cut], text[cut:], text[cut:]), train_val_test_num_samples, strict=True)
     seq_length = get_args().seq_length
     return tuple(Bytes(part, n, seq_length) if n else None for part, n in parts)
 

@@ -20,5 +20,6 @@ def start() -> None:
         import step35_patch  # noqa: F401
     except Exception as error:
         raise SystemExit(
-            f"STEP35_PATCH={os.environ['STEP35_PATCH']}, but step35_patch cannot be activated: {error}"
+            f"STEP35_PATCH={os.environ['STEP35_PATCH']}, but step35_patch cannot be activated: "
+            f"{error}"
         ) from None
