@@ -24,6 +24,7 @@ from step35_patch.tensors.megatron import (
 )
 from step35_patch.tensors.published import published_tensors
 from step35_patch.tensors.qkv import DriftedGateError, gate_drift
+from step35_patch.tensors.table import EMBEDDING_KEY
 
 # Keys of a training checkpoint that hold no weights, and are not read.
 _NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine", "common_state", "opt_param_")
@@ -93,7 +94,7 @@ class MegatronCheckpoint:
         if self.config.use_head_wise_attn_gate:
             for layout in GATE_LAYOUTS:
                 tensors = megatron_tensors(self.config, layout)
-                qkv = next(t for t in tensors if t.key.endswith("linear_qkv.weight"))
+                qkv = next(t for t in tensors if t.row.qkv)
                 stored = self.folder.tensors.get(qkv.key)
                 if stored is not None and stored.shape == qkv.shape:
                     return layout
@@ -102,16 +103,16 @@ class MegatronCheckpoint:
     def _untrained_mtp(self, tensors: tuple[MegatronTensor, ...]) -> set[str]:
         """The keys of the config's last MTP layers, if the checkpoint has nothing of them."""
         keys: set[str] = set()
-        for depth in reversed(range(self.config.num_nextn_predict_layers)):
-            prefixes = (f"mtp.layers.{depth}.", f"mtp_output_layers.{depth}.")
-            if any(key.startswith(prefixes) for key in self.folder.tensors):
+        for plan in reversed(self.config.layers[self.config.num_hidden_layers :]):
+            of_layer = {tensor.key for tensor in tensors if tensor.row.layer == plan}
+            if not of_layer.isdisjoint(self.folder.tensors):
                 break
-            keys |= {tensor.key for tensor in tensors if tensor.key.startswith(prefixes)}
+            keys |= of_layer
         return keys
 
     def _find_dtype(self, problems: list[str]) -> torch.dtype:
         """The dtype of the embedding, which all other weights must have too."""
-        embedding = self.folder.tensors.get("embedding.word_embeddings.weight")
+        embedding = self.folder.tensors.get(EMBEDDING_KEY)
         if embedding is None:  # which `_compare` reports
             return torch.float32
         if embedding.dtype not in DTYPES.values():

@@ -34,7 +34,10 @@ from step35_patch.tensors.qkv_layout import QkvLayout
 if TYPE_CHECKING:
     from step35_patch.config.model import Step35Config
 
+# Published names of what stands outside the layers, and the embedding's key.
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+EMBEDDING_KEY = "embedding.word_embeddings.weight"
+_MTP_HEAD = "transformer.shared_head.output"
 
 
 class MadeOf(Enum):
@@ -155,7 +158,7 @@ def tensor_table(config: Step35Config, gate_layout: str) -> tuple[Row, ...]:
         gate_layout: `"headwise"` or `"expanded"`; without meaning if the config has no gate.
     """
     hidden, vocabulary = config.hidden_size, (config.vocab_size, config.hidden_size)
-    rows = [_vocabulary("embedding.word_embeddings.weight", Published(EMBEDDING, vocabulary, 0))]
+    rows = [_vocabulary(EMBEDDING_KEY, Published(EMBEDDING, vocabulary, 0))]
     for plan in config.layers:
         rows += layer_rows(config, plan, gate_layout)
     norm = Published(FINAL_NORM, (hidden,), 1)
@@ -179,6 +182,11 @@ def layer_prefix(config: Step35Config, plan: LayerPlan) -> str:
 def mtp_prefix(config: Step35Config, plan: LayerPlan) -> str:
     """The prefix of the keys of the MTP module around a layer."""
     return f"mtp.layers.{plan.index - config.num_hidden_layers}."
+
+
+def mtp_head(plan: LayerPlan) -> str:
+    """The published name of an MTP layer's output matrix."""
+    return f"model.layers.{plan.index}.{_MTP_HEAD}.weight"
 
 
 def _vocabulary(path: str, published: Published, layer: LayerPlan | None = None) -> Row:
@@ -236,7 +244,7 @@ class _Layer:
         yield from self._inner()
         norm = "transformer.shared_head.norm"
         yield self._mtp("final_layernorm.weight", norm, (hidden,))
-        output = self._published("transformer.shared_head.output", self.config.vocab_size, hidden)
+        output = self._published(_MTP_HEAD, self.config.vocab_size, hidden)
         depth = self.plan.index - self.config.num_hidden_layers
         yield _vocabulary(f"mtp_output_layers.{depth}.weight", output, self.plan)
 

@@ -20,10 +20,10 @@ from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.config.model import Step35Config
 from step35_patch.storage.hf_folder import HfFolder
 from step35_patch.tensors.published import TensorInfo, Weights, layer_tensors, published_tensors
-from step35_patch.tensors.table import EMBEDDING, FINAL_NORM, HEAD
+from step35_patch.tensors.table import EMBEDDING, FINAL_NORM, HEAD, mtp_head
 from step35_patch.verify.measures import LogitsMeasure, end_to_end_difference, own_difference
 from step35_patch.verify.ours import OurSide
-from step35_patch.verify.pieces import is_output_matrix, vocabulary_blocks
+from step35_patch.verify.pieces import vocabulary_blocks
 from step35_patch.verify.reference import ReferenceSide
 from step35_patch.verify.report import LogitsAgreement, Part, Report, layer_kind
 
@@ -160,8 +160,7 @@ class Comparison:
             own, given = ours.mtp_layer(depth, own, before)
             differences = own_difference(given, expected, None)
             self._add_layer(plan, differences, end_to_end_difference(own, expected))
-            head = f"model.layers.{plan.index}.transformer.shared_head.output.weight"
-            self._add_logits(head, [], own, expected, expected)
+            self._add_logits(mtp_head(plan), [], own, expected, expected)
         return Report(
             tuple(self._parts), tuple(self._logits), self._tolerance.difference, self._suspects
         )
@@ -170,7 +169,7 @@ class Comparison:
         self, plan: LayerPlan, differences: Tensor, end_to_end: float, gaps: Tensor | None = None
     ) -> None:
         tensors = [info.name for info in layer_tensors(self._config, plan)]
-        tensors = [name for name in tensors if not is_output_matrix(name)]
+        tensors = [name for name in tensors if name != mtp_head(plan)]  # compared by itself
         self._add(f"layer {plan.index}", layer_kind(plan), tensors, differences, end_to_end, gaps)
 
     def _add_logits(

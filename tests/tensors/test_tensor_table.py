@@ -1,0 +1,88 @@
+"""The one table of tensors: nobody else knows a tensor by name, and a rank's share adds up."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from pathlib import Path
+
+import pytest
+from support.reference import tiny_config
+
+import step35_patch
+from step35_patch import Step35Config
+from step35_patch.config import packaged_config_path
+from step35_patch.tensors.table import Cut, tensor_table
+
+# What only the names of tensors have in them: published ones, and the keys of Megatron checkpoints.
+NAMES = re.compile(
+    r"[qkvog]_proj|(gate|up|down)_proj|eh_proj|shared_head|share_expert\.|moe\.gate|router_bias"
+    r"|lm_head|embed_tokens|word_embeddings|linear_(qkv|proj|fc1|fc2)\.|transformer_layer\."
+)
+# Module: what it says of tensors, and why.
+SPOKEN_OF_ELSEWHERE = {
+    "tensors/table.py": "the table",
+    "verify/reference.py": "transformers' own names for the reference's modules",
+}
+
+
+def _texts(file: Path) -> list[str]:
+    """The strings of a module that are no docstrings."""
+    tree = ast.parse(file.read_text())
+    documented = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    return [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in documented
+    ]
+
+
+def test_names_of_tensors_stand_in_the_table_alone():
+    package = Path(step35_patch.__file__).parent
+    found = {
+        str(file.relative_to(package)): names
+        for file in sorted(package.rglob("*.py"))
+        if (names := [t for t in _texts(file) if " " not in t.strip() and NAMES.search(t)])
+    }
+    table = (package / "tensors" / "table.py").read_text()
+    assert NAMES.search(table), "the pattern finds nothing where the names are"
+    elsewhere = {file: names for file, names in found.items() if file not in SPOKEN_OF_ELSEWHERE}
+    assert elsewhere == {}
+
+
+@pytest.mark.parametrize("gate_layout", ["headwise", "expanded"])
+@pytest.mark.parametrize(("tensor", "expert", "expert_tensor"), [(1, 1, 1), (2, 2, 1), (4, 2, 2)])
+def test_what_the_ranks_hold_adds_up(gate_layout, tensor, expert, expert_tensor):
+    """All ranks of a stage together hold each weight once, and what is whole on each of them."""
+    config = Step35Config.from_pretrained(packaged_config_path())
+    for row in tensor_table(config, gate_layout):
+        own = row.elements_on_rank(tensor=tensor, expert=expert, expert_tensor=expert_tensor)
+        ranks = expert * expert_tensor if row.is_expert else tensor
+        assert own * ranks == row.num_elements * (ranks if row.cut is Cut.WHOLE else 1), row.key
+
+
+def test_the_published_table_is_the_published_model():
+    """804 published tensors make up the model's 199,384,301,376 numbers, each of them once."""
+    config = Step35Config.from_pretrained(packaged_config_path())
+    rows = tensor_table(config, "headwise")
+    published = [tensor.name for row in rows for tensor in row.published]
+    assert len(published) == len(set(published)) == 804
+    assert sum(row.num_elements for row in rows) == 199_384_301_376
+    expanded = sum(row.num_elements for row in tensor_table(config, "expanded"))
+    assert expanded - 199_384_301_376 == 2_197_291_008
+
+
+def test_a_row_is_as_large_as_what_it_is_made_of():
+    config = Step35Config.from_dict(tiny_config())
+    for row in tensor_table(config, "headwise"):
+        size = sum(math.prod(tensor.shape) for tensor in row.published)
+        assert row.num_elements == size, row.key
