@@ -1,14 +1,10 @@
-"""What a comparison is given and what it finds, as data: needs no torch."""
+"""What a comparison finds, as data: needs no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from step35_patch.config.layer_plan import LayerPlan
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, slots=True)
