@@ -12,8 +12,8 @@ What counts as an arrow from one module to another, wherever in the file it stan
 - the same under `if TYPE_CHECKING:`. Such an arrow is drawn hollow, and obeys the same rules: it
   loads nothing, but who reads the one file still has to know the other;
 - a string that is exactly a module's dotted name, such as the tables of lazy names have, or what
-  `importlib.import_module` is given. The bare name of the package counts in `import_module` only:
-  elsewhere it is the program's name.
+  `importlib.import_module` is given; of an f-string in its call, the part before the first brace.
+  The bare name of the package counts in `import_module` only: elsewhere it is the program's name.
 
 That importing a module also runs the `__init__` of its packages is no arrow.
 
@@ -146,9 +146,13 @@ def _names(package: str, source: str, path: Path, node: ast.AST) -> Iterator[str
             origin = ".".join([*above, *([node.module] if node.module else [])])
         yield from (f"{origin}.{alias.name}" for alias in node.names)
     elif isinstance(node, ast.Call) and _last_name(node.func) == "import_module":
-        # Any other string is found below.
-        if any(isinstance(word, ast.Constant) and word.value == package for word in node.args):
-            yield package
+        for word in node.args:
+            if isinstance(word, ast.JoinedStr):  # f"package.room.{name}"
+                start = word.values[0] if word.values else word
+                if isinstance(start, ast.Constant) and isinstance(start.value, str):
+                    yield start.value.rpartition(".")[0]
+            elif isinstance(word, ast.Constant) and word.value == package:
+                yield package  # any other string is found below
     elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value != package:
         yield f"{node.value}:"
 

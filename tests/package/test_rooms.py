@@ -95,6 +95,7 @@ def test_a_module_in_the_wrong_room_is_reported(package):
         "def lazily():\n    from step35_patch.patch import hooks",
         "import typing\nif typing.TYPE_CHECKING:\n    from step35_patch.patch import hooks",
         "import importlib\nimportlib.import_module('step35_patch.patch.hooks')",
+        "import importlib\nimportlib.import_module(f'step35_patch.patch.{__name__}')",
         "_MODULE_OF = {'parse_args': 'step35_patch.patch.hooks'}",
     ],
 )
