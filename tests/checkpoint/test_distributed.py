@@ -51,7 +51,7 @@ def test_layout(case, tmp_path, name):
     # torchrun's own default, without its warning.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     result = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+        command, capture_output=True, text=True, env=environment, timeout=900, check=False
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     found = dict(re.findall(r"rank (\d) layers (\[.*?\]) ok", result.stdout))

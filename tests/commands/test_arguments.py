@@ -69,7 +69,7 @@ def seen() -> dict:
         for name, document in documents.items()
     }
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps(cases)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     lines = [line for line in run.stdout.splitlines() if line.startswith("SEEN ")]
     assert lines, run.stdout[-2000:] + run.stderr[-4000:]
     return json.loads(lines[0].removeprefix("SEEN "))

@@ -91,7 +91,7 @@ def test_layout(case, tmp_path, name):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]

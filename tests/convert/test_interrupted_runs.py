@@ -81,7 +81,7 @@ def test_interrupt_while_it_starts_is_clean(world, tmp_path, module):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert (ended.returncode, "Traceback" in ended.stdout) == (130, False), ended.stdout

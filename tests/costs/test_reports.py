@@ -249,7 +249,7 @@ def ranks(tmp_path_factory) -> str:
     }
     command = [sys.executable, __file__, str(config)]
     result = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=280, check=False
+        command, capture_output=True, text=True, env=environment, timeout=900, check=False
     )
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout

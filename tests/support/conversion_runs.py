@@ -35,7 +35,7 @@ for line in sys.stdin:
         os.dup2(log, 1)
         os.dup2(log, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.alarm(120)
+        signal.alarm(600)
         exec(ask["hook"], {"main": main})
         status = main(ask["argv"]) if ask["argv"] else 0
     except BaseException:

@@ -83,7 +83,7 @@ class Installed:
             cwd=cwd or self.folder,
             env=environment(**variables),
             stdin=subprocess.DEVNULL,
-            timeout=300,
+            timeout=900,
         )
 
     def check(self, *arguments: object, **variables: object) -> str:

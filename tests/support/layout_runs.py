@@ -118,7 +118,7 @@ def run(
     processes: int = 1,
     script: Path = SCRIPT,
     python_path: tuple[Path, ...] = (),
-    timeout: int = 280,
+    timeout: int = 900,
 ) -> str:
     """The output of a script, run to its end; `python_path` goes before everything else.
 
