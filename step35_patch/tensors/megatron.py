@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from step35_patch.settings import GATE_LAYOUTS
 from step35_patch.tensors.qkv_layout import QkvLayout
-from step35_patch.tensors.table import Row, tensor_table
+from step35_patch.tensors.table import Row, layer_prefix, tensor_table
 
 if TYPE_CHECKING:
     from step35_patch.config.model import Step35Config
@@ -197,7 +197,18 @@ def extra_states(config: Step35Config) -> Iterator[str]:
     Those of Transformer Engine's modules, of which the local implementation has some. They hold
     FP8 scaling, and nothing for a model in another precision.
     """
-    for row in tensor_table(config, GATE_LAYOUTS[0]):
+
+    def place(row: Row) -> tuple[int, int]:
+        # As converted checkpoints have always listed them: another order is other bytes.
+        if row.layer is None:
+            return len(config.layers), 0
+        if row.prefix != layer_prefix(config, row.layer):  # around an MTP layer
+            return row.layer.index, 0
+        if row.path.startswith("self_attention.linear_"):
+            return row.layer.index, 1
+        return row.layer.index, 3 if row.is_expert else 2
+
+    for row in sorted(tensor_table(config, GATE_LAYOUTS[0]), key=place):
         module, _, name = row.key.rpartition(".")
         if name != "weight" or not row.has_extra_state:  # a norm within a linear layer has none
             continue

@@ -13,12 +13,14 @@ from support.reference import tiny_config
 import step35_patch
 from step35_patch import Step35Config
 from step35_patch.config import packaged_config_path
+from step35_patch.tensors.megatron import extra_states
 from step35_patch.tensors.table import Cut, tensor_table
 
 # What only the names of tensors have in them: published ones, and the keys of Megatron checkpoints.
 NAMES = re.compile(
     r"[qkvog]_proj|(gate|up|down)_proj|eh_proj|shared_head|share_expert\.|moe\.gate|router_bias"
     r"|lm_head|embed_tokens|word_embeddings|linear_(qkv|proj|fc1|fc2)\.|transformer_layer\."
+    r"|model\.(layers|norm)\.|(decoder|mtp)\.layers\.|[qk]_norm\.|final_layernorm\."
 )
 # Module: what it says of tensors, and why.
 SPOKEN_OF_ELSEWHERE = {
@@ -57,6 +59,7 @@ def test_names_of_tensors_stand_in_the_table_alone():
     assert NAMES.search(table), "the pattern finds nothing where the names are"
     elsewhere = {file: names for file, names in found.items() if file not in SPOKEN_OF_ELSEWHERE}
     assert elsewhere == {}
+    assert set(SPOKEN_OF_ELSEWHERE) <= set(found), "a module is excused that names no tensor"
 
 
 @pytest.mark.parametrize("gate_layout", ["headwise", "expanded"])
@@ -86,3 +89,30 @@ def test_a_row_is_as_large_as_what_it_is_made_of():
     for row in tensor_table(config, "headwise"):
         size = sum(math.prod(tensor.shape) for tensor in row.published)
         assert row.num_elements == size, row.key
+
+
+def test_extra_states_keep_their_order():
+    """Which is in a converted checkpoint's metadata: another one would make other bytes."""
+    config = Step35Config.from_dict(tiny_config())
+    modules = [key.removesuffix("._extra_state/shard_0_1") for key in extra_states(config)]
+    dense = [
+        m.removeprefix("decoder.layers.0.") for m in modules if m.startswith("decoder.layers.0.")
+    ]
+    attention = [
+        f"self_attention.{n}" for n in "linear_qkv linear_proj q_layernorm k_layernorm".split()
+    ]
+    assert dense == [*attention, "mlp.linear_fc1", "mlp.linear_fc2"]
+    moe = [
+        m.removeprefix("decoder.layers.2.") for m in modules if m.startswith("decoder.layers.2.")
+    ]
+    shared = ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"]
+    experts = [
+        f"mlp.experts.experts.linear_{linear}._extra_state/shard_{expert}_4"
+        for linear in ("fc1", "fc2")
+        for expert in range(4)
+    ]
+    assert moe == [*attention, "pre_mlp_layernorm", *shared, *experts]
+    around = [f"mtp.layers.0.{n}" for n in "enorm hnorm eh_proj final_layernorm".split()]
+    first = modules.index("mtp.layers.0.enorm")
+    assert modules[first : first + 5] == [*around, "mtp_output_layers.0"]
+    assert modules[-1] == "decoder.final_layernorm"
