@@ -55,6 +55,15 @@ def published_tensors_of(model: Model) -> Iterator[tuple[str, Tensor]]:
 
     Args:
         model: as for `load_hf_weights`.
+
+    Yields:
+        A name, and its tensor without padding: in the published shape and the parameter's own
+        dtype, on its device. It may share memory with the parameter: clone it to keep or change
+        it. In the `expanded` layout the rows of a head's gate are made equal first, in the model.
+
+    Raises:
+        ValueError: the model is none of Step-3.5, or has a parameter that the published layout
+            does not have.
     """
     for chunk, runtime in _bare_chunks(model):
         for entry in entries_of(chunk, runtime):

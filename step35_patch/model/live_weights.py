@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,20 @@ from step35_patch.tensors.table import (
     mtp_prefix,
     tensor_table,
 )
+
+
+class _Groups(Protocol):
+    """The process groups over which a model's weights are cut.
+
+    Attributes:
+        tp: Tensor-parallel.
+        expt_tp: Tensor-parallel, of the routed experts.
+        ep: Expert-parallel.
+    """
+
+    tp: ProcessGroup
+    expt_tp: ProcessGroup
+    ep: ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -60,11 +74,12 @@ def _gather(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return torch.cat(parts, dim=dim)
 
 
-def _find(module: Any, path: str) -> Any:
-    """What stands at a dotted path below a module, or None."""
+def _find(module: torch.nn.Module, path: str) -> Tensor | None:
+    """The parameter or buffer at a dotted path below a module, or None."""
+    found: object = module
     for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
+        found = getattr(found, name, None)
+    return found if isinstance(found, Tensor) else None
 
 
 class _LiveModel:
@@ -78,8 +93,8 @@ class _LiveModel:
     def __init__(self, model: Any, runtime: Step35Runtime):
         self.model, self.config = model, runtime.config
         self.gate_layout = runtime.gate_layout
-        self.groups = model.pg_collection
-        self.tp: ProcessGroup = self.groups.tp
+        self.groups: _Groups = model.pg_collection
+        self.tp = self.groups.tp
 
     def entries(self) -> Iterator[Entry]:
         """Of the rows whose modules this chunk has."""
@@ -181,7 +196,7 @@ class _LiveModel:
 
         return Entry(parameter, load, save)
 
-    def _experts(self, row: Row, layer: Any) -> Iterator[Entry]:
+    def _experts(self, row: Row, layer: Step35DecoderLayer) -> Iterator[Entry]:
         """A weight of this rank's routed experts; published as one tensor for all experts."""
         moe, etp, ep = layer.mlp, self.groups.expt_tp, self.groups.ep
         names = [published.name for published in row.published]
