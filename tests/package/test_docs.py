@@ -126,3 +126,11 @@ def test_a_wrong_name_would_be_found(text, wrong):
     found += [path for path in paths(text) if not (ROOT / path).exists()]
     assert len(found) == 1
     assert wrong in found[0]
+
+
+def test_what_docstrings_comments_and_messages_name_exists():
+    wrong = []
+    for path in sorted((ROOT / "step35_patch").rglob("*.py")):
+        found = set(re.findall(r"(?<![\w./-])step35_patch(?:\.[A-Za-z_]\w*)+", path.read_text()))
+        wrong += [f"{path.name}: {name}" for name in sorted(found) if not is_there(name)]
+    assert wrong == []
