@@ -1,7 +1,7 @@
 """Megatron's command line: the arguments that describe a Step-3.5 model, and those of a CPU run.
 
-Both are plain lists of strings, ready for ``pretrain_gpt.py`` or any script on
-``megatron.training``, and accepted by the parsers of Megatron-Core 0.17 to 0.19.
+They are for ``pretrain_gpt.py`` or any script on ``megatron.training``, and accepted by the parsers
+of Megatron-Core 0.17 to 0.19.
 """
 
 from step35_patch.config.model import Step35Config

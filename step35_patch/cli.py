@@ -46,7 +46,10 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 for a config that cannot be used.
+    """Run the command; returns the exit status.
+
+    0; 1 if the command could not do, or did not find, what it was asked for; 130 if it was
+    interrupted.
 
     Args:
         argv: The arguments without the program's name; the process's own if None.

@@ -97,6 +97,19 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
         "moe_apply_probs_on_input", (False,), "Step-3.5 weights what comes out of its experts"
     ),
     RefusedOption("moe_mlp_glu_interleave_size", (None,), "gate and up are not interleaved"),
+    RefusedOption(
+        "moe_shared_expert_glu_interleave_size", (None,), "gate and up are not interleaved"
+    ),
+    RefusedOption(
+        "use_grouped_gemm_for_shared_expert",
+        (False,),
+        "it would leave out the shared expert's clamp",
+    ),
+    RefusedOption(
+        "mtp_detach_heads",
+        (False,),
+        "it hands the MTP losses the model's one output matrix, and Step-3.5 has one for each",
+    ),
     RefusedOption("fp32_residual_connection", (False,), "Step-3.5 adds in the layers' dtype"),
     RefusedOption(
         "apply_residual_connection_post_layernorm",

@@ -1,10 +1,10 @@
 """Switches the package on and off: import hooks, refusals, and the report on them.
 
-Importing `step35_patch` calls `activate()`. For each module with targets
-(`step35_patch.patch.targets`) it leaves a wrapt post-import hook, or patches the module at once if
-it is imported already. The Hugging Face config named by STEP35_CONFIG is read when the first such
-module is imported, so that the interpreter's start stays cheap; without a config the wrappers pass
-their calls through.
+Importing `step35_patch` calls `activate_on_import()`, which leaves a finder that waits for the
+import of megatron. When that begins, each module with targets (`step35_patch.patch.targets`) gets a
+wrapt post-import hook; one that is imported already is patched at once. The Hugging Face config
+named by STEP35_CONFIG is read when the first such module is imported, so that the interpreter's
+start stays cheap; without a config the wrappers pass their calls through.
 
 A refusal (an untested Megatron-Core, a missing target, a broken config) is an exception out of the
 import of Megatron's module, and of each further attempt to import it: a program that catches the

@@ -16,7 +16,13 @@ pytestmark = pytest.mark.megatron
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 # Refused since a Megatron-Core that is not the oldest tested one.
-NEW_OPTIONS = {"moe_mlp_glu_interleave_size", "use_transformer_engine_op_fuser"}
+NEW_OPTIONS = {
+    "moe_mlp_glu_interleave_size",
+    "moe_shared_expert_glu_interleave_size",
+    "mtp_detach_heads",
+    "use_grouped_gemm_for_shared_expert",
+    "use_transformer_engine_op_fuser",
+}
 
 
 @pytest.fixture(scope="module")
