@@ -25,9 +25,9 @@ STATE = VENV / "step35-setup"
 INCOMPLETE, OUTDATED = "incomplete", "outdated"
 # The newest tested Megatron-Core is in .venv itself; these lie in folders for PYTHONPATH.
 OLDER_MEGATRON_CORES = ("0.18", "0.17")
-# Tests run side by side: one more than there are cores, because many wait for processes to start.
-# A worker takes over tests of another when it has done its own.
-WORKERS = ("-n", str((os.cpu_count() or 1) + 1), "--dist", "worksteal", "--durations", "20")
+# Tests run side by side, one worker a core: most start processes of their own. A worker takes over
+# tests of another when it has done its own.
+WORKERS = ("-n", str(os.cpu_count() or 1), "--dist", "worksteal", "--durations", "20")
 
 
 def main() -> int:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from support.provider_layouts import LAYOUTS
@@ -19,8 +15,6 @@ from support.reference import (
     tiny_config,
     write_hf_folder,
 )
-
-WORKERS = Path(__file__).parents[1] / "support"
 
 pytestmark = pytest.mark.slow
 # With each Megatron-Core; the others run with the newest only.
@@ -41,21 +35,15 @@ def case(tmp_path_factory):
     "name",
     [pytest.param(n, marks=[pytest.mark.megatron] if n in EVERY_VERSION else []) for n in LAYOUTS],
 )
-def test_layout(case, tmp_path, name):
+def test_layout(case, ranks, tmp_path, name):
     folder, loss = case
     processes, layout, layers = LAYOUTS[name]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes)]
-    command += [str(WORKERS / "distributed_worker.py")]
-    command += [str(folder), str(tmp_path / "out"), repr(loss), json.dumps(layout)]
-    # torchrun's own default, without its warning.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    result = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=900, check=False
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    found = dict(re.findall(r"rank (\d) layers (\[.*?\]) ok", result.stdout))
-    assert sorted(found) == [str(rank) for rank in range(processes)], result.stdout[-2000:]
+    arguments = folder, tmp_path / "out", repr(loss), json.dumps(layout)
+    code = "from support import distributed_worker; distributed_worker.main(*arguments)"
+    ended = ranks.run(code, processes, *arguments)
+    assert ended.statuses == [0] * processes, ended.text[-8000:]
+    found = dict(re.findall(r"rank (\d) layers (\[.*?\]) ok", ended.text))
+    assert sorted(found) == [str(rank) for rank in range(processes)], ended.text[-2000:]
     if layers:
         assert [json.loads(found[str(rank)]) for rank in range(processes)] == layers
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

@@ -7,11 +7,7 @@ it saved converts back to the published tensors, bit for bit.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,8 +23,6 @@ from support.reference import (
 )
 
 from step35_patch.convert import Options, convert_to_hf, convert_to_megatron
-
-WORKERS = Path(__file__).parents[1] / "support"
 
 pytestmark = pytest.mark.slow
 # With each Megatron-Core; the others run with the newest only.
@@ -76,26 +70,15 @@ def case(tmp_path_factory):
     "name",
     [pytest.param(n, marks=[pytest.mark.megatron] if n in EVERY_VERSION else []) for n in CASES],
 )
-def test_layout(case, tmp_path, name):
+def test_layout(case, ranks, tmp_path, name):
     top, weights = case
     processes, layout = CASES[name]
     checkpoint = top / layout.get("gate_layout", "headwise")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes)]
-    command += [str(WORKERS / "convert_worker.py"), str(top / "hf")]
-    command += [str(checkpoint), str(top / "logits.pt"), str(tmp_path / "saved")]
-    # torchrun's own default, without its warning.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    result = subprocess.run(
-        [*command, json.dumps(layout)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=900,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    assert len(re.findall(r"rank \d ok", result.stdout)) == processes, result.stdout[-2000:]
+    paths = top / "hf", checkpoint, top / "logits.pt", tmp_path / "saved"
+    code = "from support import convert_worker; convert_worker.main(*arguments)"
+    ended = ranks.run(code, processes, *paths, json.dumps(layout))
+    assert ended.statuses == [0] * processes, ended.text[-8000:]
+    assert len(re.findall(r"rank \d ok", ended.text)) == processes, ended.text[-2000:]
     convert_to_hf(tmp_path / "saved", tmp_path / "back", hf_dir=top / "hf")
     found = {}
     for file in (tmp_path / "back").glob("*.safetensors"):

@@ -1,10 +1,7 @@
 """One rank of tests/convert/test_convert_layouts.py: a converted checkpoint through Megatron-Core.
 
-    torchrun --nproc-per-node N convert_worker.py HF_DIR CHECKPOINT LOGITS OUT LAYOUT
-
-Loads CHECKPOINT (a release) with Megatron-Core's dist_checkpointing into a model under LAYOUT (JSON
-overrides of Step35ModelProvider), holds its logits on the tokens of seed 1 against the tensor in
-the file LOGITS, and saves it again with Megatron-Core at OUT.
+Loads a release with Megatron-Core's dist_checkpointing into a model under a layout, compares its
+logits on the tokens of seed 1 with those in a file, and saves it again with Megatron-Core.
 """
 
 from __future__ import annotations
@@ -13,17 +10,15 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).parents[1])  # tests/, in which "support" is found
-
-from support import distributed_worker  # noqa: E402, puts the stand-in for CUDA in place
+from support import distributed_worker
 
 # isort: split
-import torch  # noqa: E402
-from megatron.core import dist_checkpointing  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region  # noqa: E402
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-from support.reference import WINDOW, random_tokens  # noqa: E402
+from support.reference import WINDOW, random_tokens
 
 # What Megatron hands down when it saves and loads.
 METADATA = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -66,8 +61,8 @@ def logits(chunks: list[torch.nn.Module]) -> torch.Tensor | None:
     return gather_from_tensor_model_parallel_region(torch.cat(found)) if found else None
 
 
-def main() -> None:
-    hf_dir, checkpoint, wanted, out, layout = sys.argv[1:]
+def main(hf_dir: str, checkpoint: str, wanted: str, out: str, layout: str) -> None:
+    """`layout` is JSON: overrides of Step35ModelProvider."""
     chunks = distributed_worker.build_chunks(Path(hf_dir), json.loads(layout))
     for chunk in chunks:
         for parameter in chunk.parameters():  # none may keep its random start
@@ -88,7 +83,3 @@ def main() -> None:
     sys.stdout.write(f"rank {torch.distributed.get_rank()} ok\n")
     sys.stdout.flush()
     torch.distributed.barrier()
-
-
-if __name__ == "__main__":
-    main()

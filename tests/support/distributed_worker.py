@@ -1,9 +1,7 @@
 """One rank of tests/checkpoint/test_distributed.py: load, compare the loss, save, compare files.
 
-    torchrun --nproc-per-node N distributed_worker.py HF_DIR OUT_DIR EXPECTED_LOSS LAYOUT
-
-LAYOUT is JSON: overrides of Step35ModelProvider. The last stage's loss on the tokens of seed 1
-must be EXPECTED_LOSS; the weights that are saved must be those that were loaded, bit for bit.
+The last stage's loss on the tokens of seed 1 must be the expected one; the weights that are saved
+must be those that were loaded, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from pathlib import Path
 
 from step35_patch import cpu
 
-sys.path[0] = str(Path(__file__).parents[1])  # tests/, in which "support" is found
 cpu.install()
 
 import torch  # noqa: E402
@@ -108,8 +105,8 @@ def mean_loss(chunks: list[torch.nn.Module]) -> float | None:
     return sum(found["loss"].item() for found in losses) / len(losses) if losses else None
 
 
-def main() -> None:
-    hf_dir, out_dir, expected, layout = sys.argv[1:]
+def main(hf_dir: str, out_dir: str, expected: str, layout: str) -> None:
+    """`layout` is JSON: overrides of Step35ModelProvider."""
     chunks = build_chunks(Path(hf_dir), json.loads(layout))
     load_hf_weights(chunks, hf_dir)
     loss = mean_loss(chunks)
@@ -134,7 +131,3 @@ def main() -> None:
     sys.stdout.write(f"rank {torch.distributed.get_rank()} layers {indices} ok\n")
     sys.stdout.flush()
     torch.distributed.barrier()
-
-
-if __name__ == "__main__":
-    main()

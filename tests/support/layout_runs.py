@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from step35_patch.arguments import CPU_ARGUMENTS
+from support.ranks import Ranks
 from support.reference import tiny_config
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_step35.py"
@@ -120,16 +121,30 @@ def run(
     python_path: tuple[Path, ...] = (),
     timeout: int = 900,
 ) -> str:
-    """The output of a script, run to its end; `python_path` goes before everything else.
+    """The output of a script, run to its end by torchrun; `python_path` goes before all else.
 
     Raises:
         RuntimeError: it did not end with status 0; carries the end of its output.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), str(script), *more]
-    environment = {
+    result = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=_environment(*python_path) | {"STEP35_CONFIG": str(config)},
+        timeout=timeout,
+        check=False,
+    )
+    output = result.stdout + result.stderr
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{output[-6000:]}")
+    return output
+
+
+def _environment(*python_path: Path) -> dict[str, str]:
+    return {
         **{n: v for n, v in os.environ.items() if not n.startswith("STEP35_")},
-        "STEP35_CONFIG": str(config),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONWARNINGS": "ignore",
@@ -145,13 +160,31 @@ def run(
             ]
         ),
     }
-    result = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=timeout, check=False
-    )
-    output = result.stdout + result.stderr
-    if result.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{output[-6000:]}")
-    return output
+
+
+class ForkedRuns:
+    """Runs of the example script whose ranks are forked from torchrun's, which have imported torch.
+
+    Megatron-Core is not imported in them, because the script patches it as it is imported.
+    """
+
+    def __init__(self, folder: Path):
+        imports = "import torch._dynamo, torch.distributed.checkpoint\n"
+        self.ranks = Ranks(folder, imports, _environment())
+
+    def run(self, config: Path, *more: str, processes: int = 1) -> str:
+        """As `run`, with the ranks of one torchrun for all runs."""
+        code = """
+import runpy, sys
+sys.argv = arguments
+sys.path[0] = arguments[0].rpartition("/")[0]
+runpy.run_path(arguments[0], run_name="__main__")
+"""
+        arguments = SCRIPT, *more
+        ended = self.ranks.run(code, processes, *arguments, STEP35_CONFIG=str(config))
+        if any(ended.statuses):
+            raise RuntimeError(f"{arguments}: {ended.statuses}\n{ended.text[-6000:]}")
+        return ended.text
 
 
 def iterations(output: str) -> dict[int, Iteration]:

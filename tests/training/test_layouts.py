@@ -7,6 +7,7 @@ and gradient norms are those of the run with one process.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from support import layout_runs
 from support.layout_runs import (
     ITERATIONS,
     LAYOUTS,
+    ForkedRuns,
     Iteration,
     arguments,
     assert_same_training,
@@ -31,6 +33,10 @@ pytestmark = pytest.mark.slow
 every_version = pytest.mark.megatron
 
 EVERY_VERSION = ("tp2", "pp2")
+# Started by a torchrun of their own, as users do; the others share one, which is quicker.
+TORCHRUN = ("tp2", "tp2 pp2")
+
+Run = Callable[..., str]
 
 
 class Start:
@@ -40,14 +46,14 @@ class Start:
         self.config = folder / "config.json"
         self.checkpoint = folder / "start"
 
-    def make(self) -> None:
+    def make(self, train: Run) -> None:
         layout_runs.write_config(self.config.parent)
-        run(
+        train(
             self.config,
             *arguments(iterations=2),
             *("--save", str(self.checkpoint), "--save-interval", "2"),
         )
-        self._log().write_text(run(self.config, *arguments(), *self.load()))
+        self._log().write_text(train(self.config, *arguments(), *self.load()))
         assert sorted(self.expected) == list(range(1, ITERATIONS + 1))
 
     def _log(self) -> Path:
@@ -67,34 +73,42 @@ class Start:
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return Start(once(tmp_path_factory, "start", lambda folder: Start(folder).make()))
+def train(tmp_path_factory) -> Iterator[Run]:
+    runs = ForkedRuns(tmp_path_factory.mktemp("runs"))
+    yield runs.run
+    runs.ranks.close()
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, train):
+    return Start(once(tmp_path_factory, "start", lambda folder: Start(folder).make(train)))
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[every_version] if n in EVERY_VERSION else []) for n in LAYOUTS]
 )
-def test_layout(start, name):
+def test_layout(start, train, name):
     processes, layout = LAYOUTS[name]
-    output = run(start.config, *arguments(), *start.load(), *layout.split(), processes=processes)
+    launch = run if name in TORCHRUN else train
+    output = launch(start.config, *arguments(), *start.load(), *layout.split(), processes=processes)
     assert_same_training(iterations(output), start.expected)
 
 
 @every_version
-def test_checkpoint_is_resharded_and_resumed(start, tmp_path):
+def test_checkpoint_is_resharded_and_resumed(start, train, tmp_path):
     """Saved under TP2, loaded under TP2, PP2 and by one process: training goes on alike."""
     saved = tmp_path / "tp2"
     tp2 = LAYOUTS["tp2"][1].split()
     half = ITERATIONS // 2
     save = ["--save", str(saved), "--save-interval", str(half)]
-    first = iterations(run(start.config, *arguments(), *start.load(), *tp2, *save, processes=2))
+    first = iterations(train(start.config, *arguments(), *start.load(), *tp2, *save, processes=2))
     assert_same_training(first, start.expected)
     resume = ["--load", str(saved), "--ckpt-step", str(half), "--exit-on-missing-checkpoint"]
 
     # The same layout: bit for bit, in the log and in every tensor that is saved at the end.
     # (Megatron logs the mean of the first two losses at the second iteration after a start.)
     over = ["--save", str(tmp_path / "again"), "--save-interval", str(half)]
-    again = iterations(run(start.config, *arguments(), *tp2, *resume, *over, processes=2))
+    again = iterations(train(start.config, *arguments(), *tp2, *resume, *over, processes=2))
     assert sorted(again) == list(range(half + 1, ITERATIONS + 1))
     for number in set(again) - {half + 2}:
         assert again[number] == first[number]
@@ -107,41 +121,41 @@ def test_checkpoint_is_resharded_and_resumed(start, tmp_path):
     rest = {n: it for n, it in start.expected.items() if n > half and n != half + 2}
     for processes, layout in ((1, ""), LAYOUTS["pp2"]):
         other = iterations(
-            run(start.config, *arguments(), *layout.split(), *resume, processes=processes)
+            train(start.config, *arguments(), *layout.split(), *resume, processes=processes)
         )
         del other[half + 2]
         assert_same_training(other, rest)
 
 
 @every_version
-def test_converted_checkpoint_trains_alike(start, tmp_path):
+def test_converted_checkpoint_trains_alike(start, train, tmp_path):
     """From Megatron's own checkpoint, optimizer's state in it, to the published layout and back."""
     convert_to_hf(start.checkpoint, tmp_path / "hf", hf_dir=start.config.parent)
     convert_to_megatron(tmp_path / "hf", tmp_path / "converted", options=Options(file_bytes=50_000))
     # What --load takes without --finetune: a release starts at iteration 0 by itself.
     load = ["--load", str(tmp_path / "converted"), "--exit-on-missing-checkpoint"]
     for processes, layout in ((1, ""), LAYOUTS["tp2"]):
-        output = run(start.config, *arguments(), *load, *layout.split(), processes=processes)
+        output = train(start.config, *arguments(), *load, *layout.split(), processes=processes)
         assert_same_training(iterations(output), start.expected)
     with pytest.raises(RuntimeError, match="gate layout: headwise in the checkpoint, expanded"):
-        run(start.config, *arguments(), *load, "--step35-gate-layout", "expanded")
+        train(start.config, *arguments(), *load, "--step35-gate-layout", "expanded")
 
 
-def test_expanded_gate_is_saved_and_resharded(start, tmp_path):
+def test_expanded_gate_is_saved_and_resharded(start, train, tmp_path):
     saved = tmp_path / "expanded"
     expanded = ["--step35-gate-layout", "expanded"]
     save = ["--save", str(saved), "--save-interval", "4"]
-    run(start.config, *arguments(4), *expanded, *save)
+    train(start.config, *arguments(4), *expanded, *save)
     weights = ["--load", str(saved), "--finetune", "--no-load-optim", "--no-load-rng"]
     weights += [*expanded, "--exit-on-missing-checkpoint"]
-    alone = iterations(run(start.config, *arguments(6), *weights))
+    alone = iterations(train(start.config, *arguments(6), *weights))
     tp2 = iterations(
-        run(start.config, *arguments(6), *weights, *LAYOUTS["tp2"][1].split(), processes=2)
+        train(start.config, *arguments(6), *weights, *LAYOUTS["tp2"][1].split(), processes=2)
     )
     assert_same_training(tp2, alone)
 
 
-def test_checkpoint_of_another_model_is_refused(start, tmp_path):
+def test_checkpoint_of_another_model_is_refused(start, train, tmp_path):
     document = json.loads(start.config.read_text())
     changed = tmp_path / "config.json"
     changed.write_text(json.dumps(document | {"swiglu_limits": None}))
@@ -151,7 +165,7 @@ def test_checkpoint_of_another_model_is_refused(start, tmp_path):
         (start.config, ["--step35-gate-layout", "expanded"], "gate layout: headwise in the"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            run(config, *arguments(2), *start.load(), *more)
+            train(config, *arguments(2), *start.load(), *more)
 
 
 def test_ranks_that_build_different_models_are_named(start, tmp_path):

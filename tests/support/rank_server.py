@@ -1,0 +1,86 @@
+"""What torchrun starts in each rank for tests/support/ranks.py: imports once, then forks.
+
+    torchrun --nproc-per-node N rank_server.py FOLDER PARENT IMPORTS
+
+For each job that appears in FOLDER, a rank that takes part forks a process, which is that rank of
+the job, and says how it ended. When one rank of a job fails, the others, which may wait for it,
+are killed. It ends when the process PARENT has ended, or torchrun ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def main(folder: Path, parent: str, imports: str) -> None:
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    exec(imports)
+    number = 1
+    while Path("/proc", parent).exists():
+        job = folder / f"{number}.json"
+        if not job.exists():
+            time.sleep(0.05)
+            continue
+        ask = json.loads(job.read_text())
+        if rank < ask["processes"]:
+            status = supervised(fork(ask, rank), folder / f"{number}.failed")
+            write(folder / f"{number}.{rank}.status", str(status))
+        number += 1
+
+
+def fork(ask: dict[str, Any], rank: int) -> int:
+    """Start one rank of a job; its process's number."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        log = os.open(ask["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout.reconfigure(line_buffering=True)
+        signal.alarm(900)
+        os.environ.update(ask["variables"], RANK=str(rank), LOCAL_RANK=str(rank))
+        exec(ask["code"], {"arguments": ask["arguments"]})
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def supervised(pid: int, failed: Path) -> int:
+    """The exit status of a job's rank, or minus the signal's number, once it has ended."""
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            if status:
+                failed.touch()
+            return os.waitstatus_to_exitcode(status)
+        if failed.exists():
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def write(path: Path, text: str) -> None:
+    """A file that appears whole."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.rename(path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])

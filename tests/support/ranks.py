@@ -1,0 +1,93 @@
+"""Ranks of a parallel layout, under torchrun: processes forked from the ranks of one torchrun.
+
+Imports take a process longer than a layout's work, and there are dozens of layouts. So torchrun
+starts `rank_server.py` once, whose ranks do the imports and then fork themselves for each layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from support.rank_server import write
+
+# The most that a layout of the tests has.
+MOST_RANKS = 4
+
+
+@dataclass
+class Ended:
+    """The ranks' exit statuses, or minus the signals' numbers, and all that they wrote."""
+
+    statuses: list[int]
+    text: str
+
+
+class Ranks:
+    """Runs code in all ranks of one layout at a time.
+
+    Args:
+        folder: for the jobs and their logs; exists.
+        imports: code that each of torchrun's ranks runs once, before it forks any.
+        variables: the environment.
+    """
+
+    def __init__(self, folder: Path, imports: str, variables: Mapping[str, str]):
+        self.folder, self.runs = folder, 0
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", str(MOST_RANKS)]
+        command += [str(Path(__file__).with_name("rank_server.py"))]
+        with open(folder / "torchrun.log", "w") as log:
+            self.process = subprocess.Popen(
+                [*command, str(folder), str(os.getpid()), imports],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**variables, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            )
+
+    def run(self, code: str, processes: int, *arguments: object, **variables: str) -> Ended:
+        """Code that has `arguments`, as text, in each of some processes with their variables."""
+        self.runs += 1
+        log = self.folder / f"{self.runs}.log"
+        # The ranks meet at a store of this process, as they do at one of torchrun's.
+        store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        variables |= {
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(store.port),
+        }
+        ask = {
+            "code": code,
+            "processes": processes,
+            "arguments": [str(argument) for argument in arguments],
+            "variables": variables,
+            "log": str(log),
+        }
+        write(self.folder / f"{self.runs}.json", json.dumps(ask))
+        files = [self.folder / f"{self.runs}.{rank}.status" for rank in range(processes)]
+        while not all(file.exists() for file in files):
+            assert self.process.poll() is None, (self.folder / "torchrun.log").read_text()[-6000:]
+            time.sleep(0.05)
+        return Ended([int(file.read_text()) for file in files], log.read_text())
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait()
+
+
+def worker_ranks(folder: Path) -> Ranks:
+    """For `convert_worker.main(*arguments)` and `distributed_worker.main(*arguments)`."""
+    search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    imports = "from support import convert_worker, distributed_worker\n"
+    return Ranks(
+        folder, imports, os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search))}
+    )
