@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from step35_patch.config.model import Step35Config
-from step35_patch.model.description import Step35Runtime, runtime_for
+from step35_patch.model.description import Step35Runtime
 from step35_patch.model.live_weights import entries_of
 from step35_patch.storage import hf_folder
 from step35_patch.storage.errors import CheckpointError
@@ -37,7 +37,7 @@ def _bare_chunks(model: Model) -> list[tuple[Any, Step35Runtime]]:
         chunk: Any = wrapped
         while hasattr(chunk, "module"):  # DistributedDataParallel, Float16Module
             chunk = chunk.module
-        runtime = runtime_for(chunk.config)
+        runtime = getattr(chunk, "step35", None)
         if runtime is None:
             raise ValueError(
                 "expected a Step-3.5 model, found a GPTModel whose TransformerConfig is none; "

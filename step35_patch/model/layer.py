@@ -20,7 +20,7 @@ from megatron.core.utils import get_pg_rank
 
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.model.description import LayerConfig, Step35Runtime, runtime_for
-from step35_patch.model.refused_options import Place, refused
+from step35_patch.model.refused_options import Place, refused, without_effect
 
 
 def check_options(config: TransformerConfig) -> None:
@@ -31,6 +31,10 @@ def check_options(config: TransformerConfig) -> None:
     lines = [
         f"{row.name}: expected {row.legal[0]!r}, found {found!r}; {row.reason}"
         for row, found in refused(config, Place.CONFIG)
+    ]
+    lines += [
+        f"{name}: expected {expected}, found {found!r}"
+        for name, expected, found in without_effect(config)
     ]
     groups = config.num_query_groups
     if groups % config.tensor_model_parallel_size:

@@ -171,6 +171,15 @@ FIELDS: tuple[Field, ...] = (
         of_moe=True,
         is_default=True,
     ),
+    # The authors' (SteptronOss, playground/sft/step3); Megatron's default, 1e-3, would move the
+    # published bias at each iteration, whatever the learning rate.
+    Field(
+        megatron="moe_router_bias_update_rate",
+        option="--moe-router-bias-update-rate",
+        value=0.0,
+        of_moe=True,
+        is_default=True,
+    ),
     Field(
         hf="num_nextn_predict_layers",
         megatron="mtp_num_layers",
@@ -197,11 +206,14 @@ FIELDS: tuple[Field, ...] = (
     Field(hf="use_head_wise_attn_gate", megatron="head_wise_attn_gate", of_provider=True),
 )
 
-# TransformerConfig fields whose defaults in Megatron-Core are not what Step-3.5 is trained with.
-DEFAULTS: dict[str, object] = {
+# TransformerConfig fields that have one value in all Step-3.5 models, and those values.
+FIXED_VALUES: dict[str, object] = {
     row.megatron: row.value
     for row in FIELDS
-    if row.megatron is not None and row.is_default and not row.of_provider
+    if row.megatron is not None
+    and row.hf is None
+    and row.to_megatron is None
+    and not row.is_default
 }
 
 

@@ -162,6 +162,11 @@ def add_output_layers(model: ModelWithOutputLayer) -> None:
     setattr(model.output_layer, _LINK, tuple(layers.children()))
 
 
+def has_output_layers(output_layer: torch.nn.Module) -> bool:
+    """Whether a model's output layer is a Step-3.5 model's with MTP layers."""
+    return hasattr(output_layer, _LINK)
+
+
 def by_depth(output_layer: torch.nn.Module) -> OutputLayerByDepth:
     """The output layer that process_mtp_loss is given for a Step-3.5 model."""
     layers = getattr(output_layer, _LINK, None)

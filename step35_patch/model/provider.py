@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
@@ -13,10 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from step35_patch import settings as process
 from step35_patch.config.model import Step35Config, Window
-from step35_patch.model.description import Step35Runtime, check
+from step35_patch.model.description import Step35Runtime, check, runtime_for
+from step35_patch.model.layer import check_options
 from step35_patch.model.megatron_fields import (
-    DEFAULTS,
     FIELDS,
+    FIXED_VALUES,
     hf_fields,
     model_fields,
     provider_fields,
@@ -45,10 +47,19 @@ class Step35ModelProvider(TransformerConfig):
         gate_layout, window: see `step35_patch.activate`.
         parallel_output: leave the logits split by vocabulary over the tensor-parallel ranks.
 
+    Fields may be set later on, as frameworks do. Whatever builds something from the provider then
+    finds what the constructor would have made of the same values, or its errors.
+
     Raises:
         Step35ConfigError: fields contradict each other; all problems are listed.
         ValueError: fields contradict the config that `from_hf` read.
     """
+
+    # Megatron-Core's defaults are other ones (`megatron_fields.FIELDS`, the rows with is_default).
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    moe_router_load_balancing_type: str | list[str] = "none"
+    moe_router_bias_update_rate: float = 0.0
 
     layer_types: list[str] | None = None
     attention_other_setting: dict[str, Any] | None = None
@@ -85,7 +96,6 @@ class Step35ModelProvider(TransformerConfig):
             hf_config=config,
             **{
                 "transformer_impl": "transformer_engine" if HAVE_TE else "local",
-                **DEFAULTS,
                 **model_fields(config),
                 **provider_fields(config),
                 **overrides,
@@ -93,15 +103,69 @@ class Step35ModelProvider(TransformerConfig):
         )
 
     def __post_init__(self) -> None:
+        self._asked = self._values()
         if self.hf_config is None:
             self.hf_config = self._described_config()
-            for name, value in model_fields(self.hf_config).items():
-                setattr(self, name, value)
+            self._take_model_fields(self.hf_config)
         self.hetereogenous_dist_checkpoint = True
         super().__post_init__()
         self._check_provider_fields(self.hf_config)
         check(self, self.hf_config, "hf_config")
-        self.step35 = Step35Runtime(self.hf_config, self.gate_layout, self.window)
+        check_options(self)
+        self._runtime = Step35Runtime(self.hf_config, self.gate_layout, self.window)
+        self._made = self._values()
+
+    @property
+    def step35(self) -> Step35Runtime:
+        """The model, as the fields describe it now: `runtime_for` reads it.
+
+        Raises:
+            Step35ConfigError, ValueError: as the constructor, of fields that were set later on.
+        """
+        if not self._is_layers_own and (changed := self._changed()):
+            made = type(self)(**self._asked | changed)
+            self.__dict__.update(vars(made))
+        return self._runtime
+
+    @step35.setter
+    def step35(self, runtime: Step35Runtime) -> None:
+        """For a copy that describes one layer, whose fields are no whole model's any more."""
+        self._runtime, self._is_layers_own = runtime, True
+
+    _is_layers_own = False
+
+    def _values(self) -> dict[str, Any]:
+        """The constructor's arguments, as they are now: lists in them may be changed later on."""
+        return {
+            known.name: copy.copy(value) if isinstance(value, list | dict) else value
+            for known in fields(self)
+            if known.init
+            for value in [getattr(self, known.name)]
+        }
+
+    def _changed(self) -> dict[str, Any]:
+        """The fields that were set after the constructor, with their values."""
+        made = self._made
+        return {
+            name: value
+            for name, value in self._values().items()
+            if value is not made[name] and value != made[name]
+        }
+
+    def _take_model_fields(self, config: Step35Config) -> None:
+        """Set what the config decides; what was asked for otherwise is an error."""
+        defaults = type(self).__dataclass_fields__
+        lines = [
+            f"{name}: expected {value!r}, found {found!r}"
+            for name, value in FIXED_VALUES.items()
+            if (found := self._asked[name]) not in (value, defaults[name].default)
+        ]
+        for name, value in model_fields(config).items():
+            setattr(self, name, value)
+        if lines:
+            raise ValueError(
+                "fields that a Step-3.5 model has one value of:\n  " + "\n  ".join(lines)
+            )
 
     def _described_config(self) -> Step35Config:
         """The Hugging Face config that the fields describe."""
@@ -154,6 +218,7 @@ class Step35ModelProvider(TransformerConfig):
                 "step35_patch is not active: without its hooks the MTP layers would share one "
                 "output matrix; call step35_patch.activate() first"
             )
+        runtime_for(self)  # brings fields up to date that were set since
         use_te = self.transformer_impl == "transformer_engine"
         # By the module, whose functions the hooks are around.
         spec = gpt_layer_specs.get_gpt_decoder_block_spec(

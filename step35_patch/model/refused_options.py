@@ -1,8 +1,10 @@
 """Options of Megatron-Core that a Step-3.5 model cannot be built with, and why: one table.
 
-Each would compute something else than Step-3.5 does, or skip the layer's own RoPE, window, gate or
-clamp without a word. Three places read it: the arguments (`step35_patch.patch.arguments`), each
-layer's TransformerConfig (`step35_patch.model.layer`), and the core attention on torch
+Each would compute something else than Step-3.5 does, skip the layer's own RoPE, window, gate or
+clamp without a word, or do nothing. What a training run may change is in
+`step35_patch.model.named_options`; docs/options.md has all options. Three places read the table:
+the arguments (`step35_patch.patch.arguments`), the TransformerConfig of the provider and of each
+layer (`step35_patch.model.layer`), and the core attention on torch
 (`step35_patch.model.core_attention`). No torch is needed.
 """
 
@@ -48,6 +50,12 @@ class RefusedOption:
         """On the command line."""
         return f"--{self.name.replace('_', '-')}"
 
+    def allows(self, found: object) -> bool:
+        """Whether a value is legal; a list is if it has entries and all of them are."""
+        if isinstance(found, list):
+            return bool(found) and all(entry in self.legal for entry in found)
+        return found in self.legal
+
 
 _BY_LAYER = "layers of Step-3.5 differ and take this from the config"
 _OWN_ROPE = "it would bypass the layers' own RoPE"
@@ -56,6 +64,9 @@ _CUDA_GRAPHS = "the layers are not tested with CUDA graphs"
 _OWN_CLAMPS = "each layer has its own clamps, after the activation"
 _LARGEST_SCORE = "Step-3.5 layers do not record the largest score"
 _INPUT_DTYPE = "attention runs in the dtype of its inputs"
+_ALL_EXPERTS = "Step-3.5 chooses among all of its experts"
+_SWIGLU = "Step-3.5's activation is SwiGLU"
+_ONE_WEIGHT = "the published layout has no name for the experts' one weight"
 
 _ARGUMENT, _CONFIG, _TORCH = Place.ARGUMENT, Place.CONFIG, Place.TORCH_ATTENTION
 
@@ -68,11 +79,15 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
     RefusedOption("window_attn_skip_freq", (None,), _BY_LAYER),
     # The layer sets the field itself.
     RefusedOption("attention_output_gate", (False,), _BY_LAYER, _ARGUMENT),
+    RefusedOption("softmax_scale", (None,), "scores are scaled by 1 / sqrt(head_dim)", _CONFIG),
     RefusedOption("softmax_type", ("vanilla",), "Step-3.5 has no attention sink", BOTH | _TORCH),
     RefusedOption("qk_l2_norm", (False,), "q and k have RMSNorm's weights"),
     RefusedOption("qk_clip", (False,), _LARGEST_SCORE, BOTH | _TORCH),
     RefusedOption("activation_func_clamp_value", (None,), _OWN_CLAMPS),
     RefusedOption("glu_linear_offset", (0.0,), "Step-3.5's SwiGLU has none"),
+    RefusedOption("openai_gelu", (False,), _SWIGLU, _ARGUMENT),
+    RefusedOption("quick_geglu", (False,), _SWIGLU, _ARGUMENT),
+    RefusedOption("squared_relu", (False,), _SWIGLU, _ARGUMENT),
     RefusedOption("multi_latent_attention", (False,), _OWN_LAYERS),
     RefusedOption("experimental_attention_variant", (None,), _OWN_LAYERS),
     RefusedOption("heterogeneous_layers_config_path", (None,), _OWN_LAYERS, _ARGUMENT),
@@ -80,10 +95,23 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
     # What the two arguments before it set.
     RefusedOption("heterogeneous_block_specs", (False,), _OWN_LAYERS, _CONFIG),
     RefusedOption("spec", (None,), _OWN_LAYERS, _ARGUMENT),
+    RefusedOption("use_legacy_models", (False,), _OWN_LAYERS, _ARGUMENT),
+    RefusedOption("is_hybrid_model", (False,), _OWN_LAYERS),
+    RefusedOption("hybrid_layer_pattern", (None,), _OWN_LAYERS, _ARGUMENT),
+    RefusedOption("hybrid_override_pattern", (None,), _OWN_LAYERS, _ARGUMENT),
+    RefusedOption("mtp_hybrid_override_pattern", (None,), _OWN_LAYERS),
+    RefusedOption("use_inference_optimized_layers", (False,), _OWN_LAYERS, _CONFIG),
+    RefusedOption("moe_use_upcycling", (False,), _OWN_LAYERS, _ARGUMENT),
+    RefusedOption(
+        "freeze_all_layers",
+        (False,),
+        "Megatron-Core's model builder ignores it and every weight would be trained",
+        _ARGUMENT,
+    ),
     RefusedOption("flash_decode", (False,), _OWN_ROPE),
-    RefusedOption("cuda_graph_impl", ("none", None), _CUDA_GRAPHS, _ARGUMENT),
-    RefusedOption("external_cuda_graph", (False,), _CUDA_GRAPHS, _ARGUMENT),
-    RefusedOption("enable_cuda_graph", (False,), _CUDA_GRAPHS, _ARGUMENT),
+    RefusedOption("cuda_graph_impl", ("none", None), _CUDA_GRAPHS),
+    RefusedOption("external_cuda_graph", (False,), _CUDA_GRAPHS),
+    RefusedOption("enable_cuda_graph", (False,), _CUDA_GRAPHS),
     RefusedOption("use_kitchen", (False,), _OWN_LAYERS, _CONFIG),
     RefusedOption(
         "use_transformer_engine_op_fuser", (False,), "it would bypass the layers' own clamps"
@@ -92,6 +120,21 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
     RefusedOption("mtp_use_repeated_layer", (False,), "each MTP layer has its own weights"),
     # In the TransformerConfig it is one of `megatron_fields.FIELDS`.
     RefusedOption("moe_shared_expert_gate", (False,), "Step-3.5 has no such gate", _ARGUMENT),
+    RefusedOption("moe_router_num_groups", (None,), _ALL_EXPERTS),
+    RefusedOption("moe_router_group_topk", (None,), _ALL_EXPERTS),
+    RefusedOption("moe_router_topk_limited_devices", (None,), _ALL_EXPERTS, _CONFIG),
+    RefusedOption("moe_router_pre_softmax", (False,), "Step-3.5's router takes sigmoids"),
+    # The auxiliary losses are a choice (`step35_patch.model.named_options`).
+    RefusedOption(
+        "moe_router_load_balancing_type",
+        ("none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
+        "it would choose the experts in another way",
+    ),
+    RefusedOption("moe_single_grouped_weight", (False,), _ONE_WEIGHT),
+    RefusedOption("moe_single_grouped_bias", (False,), _ONE_WEIGHT),
+    RefusedOption(
+        "use_grouped_gemm_for_dense_mlp", (False,), "it would leave out the dense layers' clamp"
+    ),
     RefusedOption("moe_latent_size", (None,), "Step-3.5's experts have the hidden size"),
     RefusedOption(
         "moe_apply_probs_on_input", (False,), "Step-3.5 weights what comes out of its experts"
@@ -130,6 +173,34 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
 )
 
 
+def without_effect(settings: Any) -> Iterator[tuple[str, str, object]]:
+    """Each option that is set, and would do nothing because of another one.
+
+    Args:
+        settings: A TransformerConfig, or the parsed arguments.
+
+    Yields:
+        The option's name, what it needs, and its value.
+    """
+    balancing = settings.moe_router_load_balancing_type
+    coefficient = settings.moe_aux_loss_coeff
+    if coefficient not in (0, [0.0]) and balancing in ("none", ["none"]):
+        yield (
+            "moe_aux_loss_coeff",
+            "0 with moe_router_load_balancing_type none, which it needs to be aux_loss, "
+            "seq_aux_loss or global_aux_loss",
+            coefficient,
+        )
+    if settings.transformer_impl == "local":
+        for name in ("fp8", "fp4"):
+            if (found := getattr(settings, name)) is not None:
+                yield (
+                    name,
+                    "None with transformer_impl local, which computes in params_dtype",
+                    found,
+                )
+
+
 def refused(settings: Any, place: Place) -> Iterator[tuple[RefusedOption, object]]:
     """Each option that is set to another value than a legal one, and that value.
 
@@ -140,5 +211,5 @@ def refused(settings: Any, place: Place) -> Iterator[tuple[RefusedOption, object
     for row in REFUSED_OPTIONS:
         if place in row.places:
             found = getattr(settings, row.name, row.legal[0])
-            if found not in row.legal:
+            if not row.allows(found):
                 yield row, found

@@ -9,10 +9,23 @@ from typing import Any
 from step35_patch.arguments import megatron_options
 from step35_patch.config.model import Step35Config
 from step35_patch.model.megatron_fields import FIELDS
-from step35_patch.model.refused_options import Place, refused
+from step35_patch.model.refused_options import Place, refused, without_effect
 
 # Options of `megatron_options` that are a user's to choose: an explicit value wins.
 _CHOICES = {row.option for row in FIELDS if row.is_default}
+
+# Options whose batches are packed documents, and their names among the arguments.
+_PACKING = {
+    "--sft": "sft",
+    "--dataloader-inter-document-masking": "dataloader_inter_document_masking",
+    "--hybrid-context-parallel": "hybrid_context_parallel",
+}
+# The options of what `without_effect` names.
+_OPTIONS = {
+    "moe_aux_loss_coeff": "--moe-aux-loss-coeff",
+    "fp8": "--fp8-format",
+    "fp4": "--fp4-format",
+}
 
 
 class _Given(argparse.Namespace):
@@ -60,6 +73,8 @@ def fill_in(
             continue  # fewer MTP layers are trained; the others stay as they are
         else:
             problems.append(f"{option}: the config needs {wanted}, found {given[name]}")
+    if args.sft and "create_attention_mask_in_dataloader" not in given:
+        args.create_attention_mask_in_dataloader = False  # its batches are packed and have none
     full = next((p for p in config.layers if p.window_size is None), config.layers[0])
     for name, wanted in {
         "rotary_base": full.rotary_base,
@@ -85,6 +100,11 @@ def layout_problems(args: Any, config: Step35Config) -> list[str]:
         f"{row.option}: expected {row.legal[0]}, found {found}; {row.reason}: leave it out"
         for row, found in refused(args, Place.ARGUMENT)
     ]
+    problems += [
+        f"{_OPTIONS.get(name, name)}: expected {expected}, found {found}"
+        for name, expected, found in without_effect(args)
+    ]
+    problems += _attention_mask_problems(args)
     if args.transformer_impl == "inference_optimized":
         problems.append(
             "--transformer-impl: expected transformer_engine or local, found inference_optimized; "
@@ -93,6 +113,28 @@ def layout_problems(args: Any, config: Step35Config) -> list[str]:
     problems += _parallel_size_problems(args, config)
     if args.context_parallel_size > 1:
         problems += _context_parallel_problems(args, config)
+    return problems
+
+
+def _attention_mask_problems(args: Any) -> list[str]:
+    """Of documents that must not see each other."""
+    problems = []
+    if args.reset_attention_mask:
+        packed = "--dataloader-inter-document-masking (0.19) or --sft"
+        if args.transformer_impl != "local":
+            problems.append(
+                "--reset-attention-mask: expected none with --transformer-impl "
+                f"{args.transformer_impl}, whose causal attention ignores the mask; use {packed}"
+            )
+        elif not args.create_attention_mask_in_dataloader:
+            problems.append(
+                "--reset-attention-mask: expected none without a mask from the data loader "
+                f"(--sft, --no-create-attention-mask-in-dataloader); leave one out, or use {packed}"
+            )
+    if args.sft and args.reset_position_ids:
+        problems.append(
+            "--reset-position-ids: expected none with --sft, which does it; leave it out"
+        )
     return problems
 
 
@@ -124,8 +166,18 @@ def _context_parallel_problems(args: Any, config: Step35Config) -> list[str]:
     problems = []
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
     groups = config.num_attention_groups
-    has_mask = getattr(args, "create_attention_mask_in_dataloader", False)
-    if args.transformer_impl == "local" and has_mask:
+    packing = [
+        option
+        for option, name in _PACKING.items()
+        if getattr(args, name, False)  # not all in each release
+    ]
+    if args.transformer_impl == "local" and packing:
+        problems.append(
+            f"{packing[0]}: expected none with --context-parallel-size {cp} and "
+            "--transformer-impl local, on which packed sequences are not cut; use "
+            "--context-parallel-size 1 or --transformer-impl transformer_engine"
+        )
+    elif args.transformer_impl == "local" and args.create_attention_mask_in_dataloader:
         problems.append(
             "--context-parallel-size: with --transformer-impl local, expected "
             "--no-create-attention-mask-in-dataloader too; attention is causal without it"

@@ -7,12 +7,14 @@ import functools
 import torch
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from step35_patch._version import __version__
 from step35_patch.model.attention import Step35SelfAttention
 from step35_patch.model.description import Step35Runtime
 from step35_patch.model.layer import Step35DecoderLayer
+from step35_patch.model.named_options import differences
 from step35_patch.model.swiglu import ClampedSwiGLU
 from step35_patch.tensors.qkv_layout import QkvLayout
 
@@ -67,9 +69,26 @@ def _layer_problems(layer: Step35DecoderLayer) -> list[str]:
     return problems
 
 
+def announce(runtime: Step35Runtime, config: TransformerConfig) -> None:
+    """Print, on rank 0, what is being built, and in a second line what is not as published.
+
+    Once for a model of several chunks.
+
+    Args:
+        runtime: the Step-3.5 model.
+        config: the TransformerConfig that it is built with.
+    """
+    changed = differences(config)
+    built, published = config.mtp_num_layers or 0, runtime.config.num_nextn_predict_layers
+    if built < published:
+        changed.append(
+            f"mtp_num_layers={built} (published: {published}; the others are not trained)"
+        )
+    _print_once(runtime, tuple(changed))
+
+
 @functools.lru_cache(maxsize=1)
-def announce(runtime: Step35Runtime) -> None:
-    """Print, on rank 0 and once for a model of several chunks, what is being built."""
+def _print_once(runtime: Step35Runtime, changed: tuple[str, ...]) -> None:
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     from megatron.core import __version__ as megatron_version
@@ -84,3 +103,5 @@ def announce(runtime: Step35Runtime) -> None:
         f"{sum(plan.is_moe for plan in decoder)} MoE, {len(layers) - len(decoder)} MTP",
         flush=True,
     )
+    if changed:
+        print(f"step35_patch: differs from the published model: {'; '.join(changed)}", flush=True)

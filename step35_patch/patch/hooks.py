@@ -109,10 +109,12 @@ def gpt_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) 
     # Each layer has its own RoPE: the model-wide table would be made and never be used.
     call["position_embedding_type"] = "none"
     wrapped(**call)
+    # What it is, whatever becomes of the config that it was built from.
+    instance.step35 = runtime
     if instance.post_process and instance.config.mtp_num_layers:
         mtp.add_output_layers(instance)
     check_model(instance, runtime)
-    announce(runtime)
+    announce(runtime, instance.config)
 
 
 def _layer_specs(call: dict[str, Any], runtime: Step35Runtime) -> Any:
@@ -155,9 +157,10 @@ def _check_model_arguments(call: dict[str, Any], runtime: Step35Runtime) -> None
 def process_mtp_loss(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """The MTP losses, each from its own output matrix."""
     call = _bind(wrapped, args, kwargs)
-    if runtime_for(call["config"]) is None:
+    output_layer = call["output_layer"]
+    if not mtp.has_output_layers(output_layer) and runtime_for(call["config"]) is None:
         return wrapped(*args, **kwargs)
-    call["output_layer"] = mtp.by_depth(call["output_layer"])
+    call["output_layer"] = mtp.by_depth(output_layer)
     mtp.share_of_the_tokens(call)
     return wrapped(**call)
 

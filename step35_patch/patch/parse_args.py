@@ -17,6 +17,7 @@ from typing import Any
 from step35_patch import settings as process
 from step35_patch.config.model import Step35Config
 from step35_patch.patch.arguments import fill_in, given_on, layout_problems
+from step35_patch.patch.notices import warn
 
 
 class Step35ArgumentError(ValueError):
@@ -92,10 +93,29 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
     problems += layout_problems(args, settings.config)
     if problems:
         raise Step35ArgumentError(settings.source, problems)
+    _warn_from_scratch(args, given)
     args.step35_fingerprint = settings.config.fingerprint
     args.step35_gate_layout = settings.gate_layout
     args.step35_window = settings.window
     return args
+
+
+def _warn_from_scratch(args: Any, given: dict[str, Any]) -> None:
+    """Tell a run without published weights that nothing balances its experts."""
+    if (
+        args.num_experts is not None
+        and args.load is None
+        and args.pretrained_checkpoint is None
+        and args.moe_router_bias_update_rate == 0
+        and args.moe_router_load_balancing_type in ("none", ["none"])
+        and "moe_router_bias_update_rate" not in given
+    ):
+        warn(
+            "neither --load nor --pretrained-checkpoint is given, and nothing balances the experts "
+            "of a run from scratch: the router's bias stays as it is, which is right of the "
+            "published weights. Give --moe-router-bias-update-rate (Megatron's default is 1e-3; 0 "
+            "for none), or an auxiliary loss"
+        )
 
 
 def _activate(args: Any) -> None:
