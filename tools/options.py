@@ -24,6 +24,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from neutral_options import NEUTRAL_GROUPS, NEUTRAL_NAMES  # noqa: E402
+
 DOCUMENT = ROOT / "docs" / "options.md"
 
 FIXED, NAMED, NEUTRAL, UNDECIDED = "fixed", "named", "neutral", "undecided"
@@ -64,7 +68,7 @@ def installed_options() -> dict[str, Option]:
         action.dest: (group.title, action.default)
         for group in megatron_parser()._action_groups
         for action in group._group_actions
-        if action.dest != "help"
+        if action.dest != "help" and not action.dest.startswith("step35_")
     }
     return {
         name: Option(
@@ -78,7 +82,7 @@ def installed_options() -> dict[str, Option]:
 
 
 def megatron_parser():
-    """Megatron's own, without this package's arguments."""
+    """Megatron's own; with this package's arguments besides if it is active."""
     from megatron.training import arguments
 
     parsers = []
@@ -108,9 +112,6 @@ def verdict(option: Option) -> tuple[str, str]:
     from step35_patch.model.megatron_fields import FIELDS
     from step35_patch.model.named_options import NAMED_OPTIONS
     from step35_patch.model.refused_options import REFUSED_OPTIONS
-
-    sys.path.insert(0, str(ROOT / "tools"))
-    from neutral_options import NEUTRAL_GROUPS, NEUTRAL_NAMES
 
     name = option.name
     named = {row.name: row for row in NAMED_OPTIONS}

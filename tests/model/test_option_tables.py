@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import sys
+from pathlib import Path
 
 import pytest
 from support.reference import tiny_config, write_hf_folder
 
 from step35_patch import Step35Config, Step35ModelProvider
 from step35_patch.model.megatron_fields import FIELDS, hf_fields
+from step35_patch.model.named_options import NAMED_OPTIONS
 from step35_patch.model.refused_options import REFUSED_OPTIONS, Place
 
 pytestmark = pytest.mark.megatron
 
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-# Refused since a Megatron-Core that is not the oldest tested one.
+TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "options.py"
+
+# Refused, and not in every tested Megatron-Core.
 NEW_OPTIONS = {
+    "freeze_all_layers",
+    "moe_single_grouped_bias",
+    "moe_single_grouped_weight",
+    "use_grouped_gemm_for_dense_mlp",
+    "use_legacy_models",
     "moe_mlp_glu_interleave_size",
     "moe_shared_expert_glu_interleave_size",
     "mtp_detach_heads",
@@ -26,15 +37,60 @@ NEW_OPTIONS = {
 
 
 @pytest.fixture(scope="module")
-def parser():
-    """Megatron's, with the package's arguments."""
-    from megatron.training.arguments import parse_args
+def tool():
+    """tools/options.py, which writes docs/options.md."""
+    spec = importlib.util.spec_from_file_location("options", TOOL)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    parsers = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pretrain_gpt.py"])
-        parse_args(lambda parser: parsers.append(parser) or parser)
-    return parsers[0]
+
+@pytest.fixture(scope="module")
+def parser(tool):
+    """Megatron's."""
+    return tool.megatron_parser()
+
+
+@pytest.fixture(scope="module")
+def options(tool):
+    """All of the installed Megatron-Core's, by name."""
+    return tool.installed_options()
+
+
+def test_every_option_is_decided(tool, options):
+    """A new release's new option is somebody's to look up: CONTRIBUTING.md says how."""
+    assert len(options) > 700
+    rows = tool.rows(options.values())
+    assert [name for name, (found, _) in rows.items() if found == tool.UNDECIDED] == []
+
+
+def test_new_field_is_undecided_whatever_group_its_argument_is_in(tool):
+    field = tool.Option("moe_new_idea", True, "logging", "None")
+    assert tool.verdict(field)[0] == tool.UNDECIDED
+    argument = dataclasses.replace(field, is_field=False)
+    assert tool.verdict(argument)[0] == tool.NEUTRAL
+    assert tool.verdict(dataclasses.replace(argument, group="moe"))[0] == tool.UNDECIDED
+
+
+def test_document_is_what_the_tables_say(tool, options):
+    """`python tools/options.py` writes it again."""
+    lines = tool.DOCUMENT.read_text().splitlines()
+    table = {line.split("`")[1]: line for line in lines if line.startswith("| `")}
+    rows = tool.rows(options.values())
+    assert [name for name, (_, text) in rows.items() if f" {text} |" not in table[name]] == []
+
+
+def test_no_option_is_decided_twice(tool):
+    refused = {row.name for row in REFUSED_OPTIONS}
+    named = {row.name for row in NAMED_OPTIONS}
+    neutral = {*tool.NEUTRAL_NAMES}
+    assert not (refused & named or refused & neutral or named & neutral)
+
+
+def test_named_options_are_fields(options):
+    known = {name for name, option in options.items() if option.is_field}
+    # Since 0.18.
+    assert {row.name for row in NAMED_OPTIONS} - known <= {"moe_expert_rank_capacity_factor"}
 
 
 def test_fields_have_the_names_that_they_are_known_by(parser):

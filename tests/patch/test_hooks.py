@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 
 import pytest
@@ -14,7 +13,6 @@ from support.reference import Reference, random_tokens, random_weights, tiny_con
 import step35_patch
 from step35_patch import Step35Config, Step35DecoderLayer, Step35ModelProvider
 from step35_patch.checkpoint import load_hf_weights
-from step35_patch.model.description import runtime_for
 from step35_patch.model.megatron_fields import FIELDS, model_fields
 from step35_patch.model.swiglu import ClampedSwiGLU
 
@@ -294,150 +292,6 @@ def test_inference_context_is_refused(active):
     hidden = torch.zeros(4, 1, 32)
     with pytest.raises(NotImplementedError, match="save_hf_weights"):
         model.decoder.layers[0].self_attention(hidden, None, inference_context=object())
-
-
-def test_provider_made_by_hand_equals_the_one_from_the_config(active):
-    config, weights, folder = active
-    initialize_megatron()
-    names = ("layer_types", "swiglu_limits", "swiglu_limits_shared", "partial_rotary_factors")
-    provider = Step35ModelProvider(
-        **model_fields(Step35Config.from_dict(config)),
-        **{name: config[name] for name in names},
-        attention_other_setting=config["attention_other_setting"],
-        sliding_attention_setting={"sliding_window": config["sliding_window"]},
-        rotary_base_per_layer=config["rope_theta"],
-        rope_scaling=config["rope_scaling"],
-        yarn_only_types=config["yarn_only_types"],
-        vocab_size=96,
-        max_position_embeddings=256,
-        transformer_impl="local",
-        use_cpu_initialization=True,
-    )
-    assert provider.step35.config.fingerprint == Step35Config.from_dict(config).fingerprint
-    model = provider.provide()
-    load_hf_weights(model, folder)
-    compare(model, Reference(config, weights), seed=31, length=30)
-
-
-# As frameworks set them: what the config decides, what the package adds, and what is the user's.
-SET_LATER = {
-    "layernorm_epsilon": 1e-6,
-    "moe_router_topk": 1,
-    "moe_router_topk_scaling_factor": 1.0,
-    "moe_router_score_function": "softmax",
-    "moe_layer_freq": [0, 1, 1, 1, 1, 1],
-    "num_attention_heads": 8,
-    "num_query_groups": 4,
-    "kv_channels": 8,
-    "num_layers": 4,
-    "hidden_size": 64,
-    "ffn_hidden_size": 64,
-    "qk_layernorm": False,
-    "normalization": "LayerNorm",
-    "mtp_num_layers": 1,
-    "layer_types": ["full_attention"] * 8,
-    "attention_other_setting": {"num_attention_heads": 2, "num_attention_groups": 2},
-    "sliding_attention_setting": {"sliding_window": 3},
-    "rotary_base_per_layer": 500.0,
-    "swiglu_limits": [1.0] * 8,
-    "head_wise_attn_gate": False,
-    "vocab_size": 128,
-    "gate_layout": "expanded",
-    "window": "steptron",
-    "softmax_scale": 0.5,
-    "moe_router_num_groups": 2,
-    "hidden_dropout": 0.1,
-    "init_method_std": 0.5,
-    "params_dtype": torch.bfloat16,
-    "tensor_model_parallel_size": 2,
-    "pipeline_model_parallel_layout": "Et*6|mmL",
-}
-
-
-def outcome(make):
-    """A provider's model and fields, or the words of its refusal."""
-    try:
-        provider = make()
-        runtime = runtime_for(provider)
-    except (ValueError, AssertionError) as error:
-        return str(error)
-    fields = {
-        field.name: repr(getattr(provider, field.name))
-        for field in dataclasses.fields(provider)
-        if not callable(getattr(provider, field.name))
-    }
-    std = provider.init_method(torch.zeros(1000)).std().round(decimals=1)
-    return runtime, fields, std
-
-
-@pytest.mark.parametrize("name", SET_LATER)
-def test_field_set_after_construction_is_as_one_given_to_the_constructor(active, name):
-    value = SET_LATER[name]
-
-    def set_later():
-        provider = Step35ModelProvider.from_hf(active[2])
-        before = runtime_for(provider)
-        assert before == provider.step35
-        setattr(provider, name, value)
-        return provider
-
-    later = outcome(set_later)
-    assert later == outcome(lambda: Step35ModelProvider.from_hf(active[2], **{name: value}))
-    assert later != outcome(lambda: Step35ModelProvider.from_hf(active[2]))
-    if isinstance(later, str):
-        assert name in later.replace("-", "_")
-
-
-def test_entry_of_a_list_set_after_construction_is_seen(active):
-    provider = Step35ModelProvider.from_hf(active[2])
-    provider.swiglu_limits[3] = 0.5
-    with pytest.raises(ValueError, match="swiglu_limits"):
-        gpt_layer_specs.get_gpt_decoder_block_spec(provider, use_transformer_engine=False)
-
-
-def test_model_stays_what_it_was_built_as(active):
-    """A field that is set once a model is built is for the next one."""
-    config, weights, folder = active
-    model = build(folder)
-    model.config.window = "steptron"
-    model.config.rotary_base_per_layer = 1.0
-    load_hf_weights(model, folder)
-    compare(model, Reference(config, weights), seed=31, length=30)
-
-
-def test_provider_made_by_hand_refuses_another_model_s_values():
-    with pytest.raises(ValueError, match="moe_router_dtype: expected 'fp32', found 'fp64'") as error:
-        Step35ModelProvider(
-            num_layers=1,
-            hidden_size=32,
-            ffn_hidden_size=48,
-            num_attention_heads=4,
-            num_query_groups=2,
-            kv_channels=16,
-            num_moe_experts=4,
-            moe_ffn_hidden_size=16,
-            moe_shared_expert_intermediate_size=16,
-            moe_router_topk=2,
-            moe_router_topk_scaling_factor=3.0,
-            moe_router_dtype="fp64",
-            normalization="rmsnorm",
-            layer_types=["full_attention"],
-            rotary_base_per_layer=1e4,
-            vocab_size=96,
-            max_position_embeddings=256,
-        )
-    assert "normalization: expected 'RMSNorm', found 'rmsnorm'" in str(error.value)
-
-
-def test_provider_refuses_what_contradicts_its_config(active):
-    with pytest.raises(ValueError, match="num_attention_heads: the config needs 4"):
-        Step35ModelProvider.from_hf(active[2], num_attention_heads=8)
-    with pytest.raises(ValueError, match="mtp_num_layers: the config needs 2"):
-        Step35ModelProvider.from_hf(active[2], mtp_num_layers=3)
-    with pytest.raises(ValueError, match="layer_types"):
-        Step35ModelProvider.from_hf(active[2], layer_types=["full_attention"] * 8)
-    with pytest.raises(ValueError, match="gate_layout"):
-        Step35ModelProvider.from_hf(active[2], gate_layout="sideways")
 
 
 def test_provider_says_when_the_package_is_off(active):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 
 import pytest
 from support.reference import FULL, tiny_config
@@ -141,12 +142,70 @@ def test_all_problems_come_in_one_error(parse):
         ("--window-attn-skip-freq 4", "--window-attn-skip-freq: expected None, found 4"),
         ("--attention-output-gate", "--attention-output-gate: expected False"),
         ("--spec local", "--spec: expected None"),
+        ("--moe-router-num-groups 4", "--moe-router-num-groups: expected None, found 4"),
+        ("--moe-router-group-topk 1", "--moe-router-group-topk: expected None, found 1"),
+        ("--moe-router-load-balancing-type sinkhorn", "type: expected none, found .*sinkhorn"),
+        ("--moe-router-pre-softmax", "--moe-router-pre-softmax: expected False"),
+        ("--squared-relu", "--squared-relu: expected False, found True; .* SwiGLU"),
+        ("--moe-use-upcycling", "--moe-use-upcycling: expected False"),
+        ("--moe-aux-loss-coeff 0.01", "--moe-aux-loss-coeff: expected 0 with .* none"),
+        ("--transformer-impl local --fp8-format hybrid", "--fp8-format: expected None with"),
+        ("--reset-attention-mask", "--reset-attention-mask: expected none with --transformer-impl"),
+        (
+            "--reset-attention-mask --transformer-impl local "
+            "--no-create-attention-mask-in-dataloader",
+            "--reset-attention-mask: expected none without a mask",
+        ),
+        ("--sft --reset-position-ids", "--reset-position-ids: expected none with --sft"),
+        (
+            "--sft --context-parallel-size 2 --transformer-impl local",
+            "--sft: expected none with --context-parallel-size 2",
+        ),
         ("--padded-vocab-size 97 --tensor-model-parallel-size 2", "--padded-vocab-size: .* of"),
     ],
 )
 def test_what_cannot_work_is_refused(parse, words, message):
     with pytest.raises(Step35ArgumentError, match=message):
         parse(*words.split(), config=tiny_config())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--freeze-all-layers", "--freeze-all-layers: expected False, .* would be trained"),
+        (
+            "--dataloader-inter-document-masking",
+            "--dataloader-inter-document-masking: expected none with --context-parallel-size 2",
+        ),
+    ],
+)
+def test_newer_options_that_cannot_work_are_refused(parse, option, message):
+    words = ["--context-parallel-size", "2", "--transformer-impl", "local", option]
+    try:
+        with pytest.raises(Step35ArgumentError, match=message):
+            parse(*words, config=tiny_config())
+    except SystemExit:  # argparse's, of a Megatron-Core without it
+        pytest.skip(f"{option} is not in this Megatron-Core")
+
+
+def test_supervised_finetuning_gets_no_mask_from_the_data_loader(parse):
+    args = parse("--sft", config=tiny_config())
+    assert not args.create_attention_mask_in_dataloader
+    assert parse(config=tiny_config()).create_attention_mask_in_dataloader
+
+
+def test_router_bias_is_fixed_unless_a_rate_is_given(parse):
+    """A run from scratch is told that nothing balances its experts then."""
+    with pytest.warns(RuntimeWarning, match="nothing balances the experts of a run from scratch"):
+        args = parse(config=tiny_config())
+    assert args.moe_router_bias_update_rate == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert parse("--load", "/x", config=tiny_config()).moe_router_bias_update_rate == 0
+        args = parse("--moe-router-bias-update-rate", "1e-3", config=tiny_config())
+        assert args.moe_router_bias_update_rate == 1e-3
+        balanced = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3"
+        parse(*balanced.split(), config=tiny_config())
 
 
 def test_context_parallelism_is_free_where_there_is_no_window(parse):
