@@ -212,6 +212,7 @@ def _command(iterations: int) -> list[str]:
         --weight-decay 0.01 --clip-grad 1.0 --seed 1234
         --eval-iters 0 --eval-interval {iterations} --log-interval 1
         --moe-token-dispatcher-type alltoall --ckpt-format torch_dist
+        --moe-router-bias-update-rate 1e-3
     """
     return [
         *(sys.executable, "-m", "step35_patch", str(example_script())),

@@ -84,11 +84,14 @@ def announce(runtime: Step35Runtime, config: TransformerConfig) -> None:
         changed.append(
             f"mtp_num_layers={built} (published: {published}; the others are not trained)"
         )
-    _print_once(runtime, tuple(changed))
+    notes = []
+    if runtime.config.use_moe and config.moe_router_bias_update_rate == 0:
+        notes.append("router bias fixed")
+    _print_once(runtime, tuple(notes), tuple(changed))
 
 
 @functools.lru_cache(maxsize=1)
-def _print_once(runtime: Step35Runtime, changed: tuple[str, ...]) -> None:
+def _print_once(runtime: Step35Runtime, notes: tuple[str, ...], changed: tuple[str, ...]) -> None:
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     from megatron.core import __version__ as megatron_version
@@ -100,7 +103,8 @@ def _print_once(runtime: Step35Runtime, changed: tuple[str, ...]) -> None:
         f"step35_patch {__version__} on Megatron-Core {megatron_version}: "
         f"config {runtime.source} ({runtime.config.fingerprint[:12]}), gate {runtime.gate_layout}, "
         f"window {runtime.window}, {len(decoder) - sliding} full + {sliding} sliding layers, "
-        f"{sum(plan.is_moe for plan in decoder)} MoE, {len(layers) - len(decoder)} MTP",
+        f"{sum(plan.is_moe for plan in decoder)} MoE, {len(layers) - len(decoder)} MTP"
+        + "".join(f", {note}" for note in notes),
         flush=True,
     )
     if changed:

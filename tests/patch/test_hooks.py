@@ -266,7 +266,7 @@ def start_lines(active, capsys, **fields) -> list[str]:
 def test_one_line_says_what_is_built(active, capsys):
     (line,) = start_lines(active, capsys)
     assert f"config {active[2]}" in line
-    assert "gate headwise, window hf, 2 full + 4 sliding layers, 4 MoE, 2 MTP" in line
+    assert "gate headwise, window hf, 2 full + 4 sliding layers, 4 MoE, 2 MTP, router bias" in line
 
 
 def test_one_more_line_says_what_is_not_as_published(active, capsys):
