@@ -18,7 +18,7 @@ from torch import Tensor
 from step35_patch.config.model import Step35Config
 from step35_patch.model.description import Step35Runtime
 from step35_patch.model.live_weights import entries_of
-from step35_patch.storage import hf_folder
+from step35_patch.storage import hf_description, hf_folder
 from step35_patch.storage.errors import CheckpointError
 from step35_patch.storage.hf_folder import DTYPES, HfFolder, ShardWriter
 from step35_patch.tensors.published import layer_tensors, published_tensors
@@ -146,9 +146,9 @@ def save_hf_weights(
         def finish() -> None:
             whole = {name: file for part, _, _ in results for name, file in part.items()}
             _check_complete(target, config, whole)
-            index = hf_folder.index_document(whole, sum(size for _, size, _ in results))
+            index = hf_description.index_document(whole, sum(size for _, size, _ in results))
             (staged / hf_folder.INDEX).write_bytes(index)
-            (staged / "config.json").write_bytes(hf_folder.config_document(config, dtype))
+            (staged / "config.json").write_bytes(hf_description.config_document(config, dtype))
             hf_folder.publish(staged, target)
 
         _, error = _first_rank_does(finish)
@@ -191,7 +191,7 @@ def _write(
 
     The last stage writes the tensors of `untrained` as well.
     """
-    infos = published_tensors(config, hf_folder.torch_dtype_name(dtype))
+    infos = published_tensors(config, hf_description.torch_dtype_name(dtype))
     dtypes = {info.name: DTYPES[info.dtype] for info in infos}
     writes = (
         parallel_state.get_tensor_model_parallel_rank() == 0

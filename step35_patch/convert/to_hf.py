@@ -22,7 +22,7 @@ from step35_patch.convert.conversion import (
     refuse_nesting,
     split,
 )
-from step35_patch.storage import hf_folder
+from step35_patch.storage import hf_description, hf_folder
 from step35_patch.storage.hf_folder import DTYPES, HfFolder
 from step35_patch.storage.megatron_checkpoint import MegatronCheckpoint
 from step35_patch.storage.staging import Staging
@@ -30,8 +30,6 @@ from step35_patch.tensors.megatron import Box, Run, megatron_tensors, published_
 from step35_patch.tensors.published import TensorInfo, published_tensors
 
 SHARD_BYTES = 5 * 10**9
-# Files of a folder in the published layout that are weights in some format, and not copied along.
-_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".npz")
 
 
 def convert_to_hf(
@@ -52,7 +50,8 @@ def convert_to_hf(
             of one iteration. Optimizer state is not read.
         out: the folder to be made: sharded safetensors, their index, config.json.
         hf_dir: folder with the model's config.json, and with the generation and tokenizer files,
-            which are copied along; its weights are not read.
+            which are copied along; its weights are not read, and what describes their bytes
+            (quantisation, dtype, the model card) does not come along.
         average_gate: see `MegatronCheckpoint`.
         mtp_from: folder in the published layout from which the MTP layers are copied that the
             checkpoint lacks (`--mtp-num-layers`).
@@ -99,9 +98,9 @@ class ToHf(Conversion[TensorInfo]):
         if not average_gate:
             self._checkpoint.refuse_drifted_gates()
         self._dtype = dtype = options.dtype or self._checkpoint.dtype
-        self._infos = published_tensors(config, hf_folder.torch_dtype_name(dtype))
+        self._infos = published_tensors(config, hf_description.torch_dtype_name(dtype))
         self._runs = published_runs(megatron_tensors(config, self._checkpoint.gate_layout))
-        self._copied = _files_to_copy(hf_dir)
+        self._copied = hf_description.files_to_copy(hf_dir)
         inputs = [*self._checkpoint.files(), hf_dir / "config.json", *self._copied]
         if self._untrained is not None:
             inputs += self._untrained.files()
@@ -145,9 +144,11 @@ class ToHf(Conversion[TensorInfo]):
         """Copy what is no weight, and write config.json and the index."""
         for path in self._copied:
             staging.small_file(path.name, path.read_bytes())
-        staging.small_file("config.json", hf_folder.config_document(self.config, self._dtype))
+        beside = {path.name for path in self._copied}
+        config = hf_description.config_document(self.config, self._dtype, beside)
+        staging.small_file("config.json", config)
         weight_map = {info.name: file.name for file in self.files for info in file.items}
-        index = hf_folder.index_document(weight_map, self.num_bytes)
+        index = hf_description.index_document(weight_map, self.num_bytes)
         staging.small_file(hf_folder.INDEX, index)
 
     def differences(self, folder: Path) -> Iterator[str]:
@@ -170,16 +171,4 @@ def _untrained(checkpoint: MegatronCheckpoint, mtp_from: Path | None) -> HfFolde
     raise ValueError(
         f"mtp_from: the checkpoint lacks {absent} tensors of the config's MTP layers; expected "
         + ("a folder to copy them from, found None" if absent else "None")
-    )
-
-
-def _files_to_copy(folder: Path) -> list[Path]:
-    """Tokenizer, generation config and whatever else is no weight; links are followed."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file()
-        and not path.name.startswith(".")
-        and not path.name.endswith(_WEIGHTS)
-        and path.name != "config.json"
     )

@@ -27,7 +27,8 @@ from step35_patch.convert.conversion import (
     split,
 )
 from step35_patch.storage import torch_dist
-from step35_patch.storage.hf_folder import DTYPES, HfFolder, torch_dtype_name
+from step35_patch.storage.hf_description import torch_dtype_name
+from step35_patch.storage.hf_folder import DTYPES, HfFolder
 from step35_patch.storage.megatron_checkpoint import MegatronCheckpoint
 from step35_patch.storage.staging import Staging
 from step35_patch.tensors.megatron import (

@@ -15,10 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from step35_patch.config.model import Step35Config
 from step35_patch.storage.errors import CheckpointError
 from step35_patch.storage.mapped import MappedFiles
-from step35_patch.tensors.published import SAFETENSORS_DTYPES, TensorInfo
+from step35_patch.tensors.published import TensorInfo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -166,16 +165,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def torch_dtype_name(dtype: torch.dtype) -> str:
-    """A torch dtype's name in a config's torch_dtype.
-
-    Raises:
-        ValueError: Weights do not come in this dtype.
-    """
-    names = {name: spelled for spelled, name in SAFETENSORS_DTYPES.items()}
-    return names[dtype_name(dtype)]
-
-
 class ShardWriter:
     """Collects tensors and writes them to numbered files.
 
@@ -242,22 +231,6 @@ def header(tensors: Iterable[TensorInfo]) -> bytes:
     text = json.dumps(described).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def index_document(weight_map: dict[str, str], total_bytes: int) -> bytes:
-    """The index of a sharded checkpoint."""
-    index = {
-        "metadata": {"total_size": total_bytes},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    return (json.dumps(index, indent=2) + "\n").encode()
-
-
-def config_document(config: Step35Config, dtype: torch.dtype) -> bytes:
-    """The config.json of weights in a dtype."""
-    document = config.to_dict() | {"torch_dtype": torch_dtype_name(dtype)}
-    document.pop("dtype", None)  # transformers' newer name for it
-    return (json.dumps(document, indent=2) + "\n").encode()
 
 
 def staging_folder(target: Path) -> Path:

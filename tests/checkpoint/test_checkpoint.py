@@ -97,6 +97,19 @@ def test_config_that_transformers_saved_gets_one_dtype(tmp_path):
     assert Step35Config.from_pretrained(tmp_path / "out").torch_dtype == "bfloat16"
 
 
+def test_config_of_a_quantized_folder_is_not_what_is_saved(case, tmp_path):
+    """Neither is the name of code that does not come along."""
+    config, weights, folder = case
+    document = config | {
+        "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        "auto_map": {"AutoConfig": "configuration_step3p5.Step3p5Config"},
+    }
+    (folder / "config.json").write_text(json.dumps(document))
+    save_hf_weights(build(folder), tmp_path / "out")
+    assert_same(read(tmp_path / "out"), weights)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == config
+
+
 def test_all_wrong_tensors_are_listed_and_nothing_is_loaded(case, tmp_path):
     config, weights, folder = case
     model = build(folder)
