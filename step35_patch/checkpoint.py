@@ -20,7 +20,7 @@ from step35_patch.model.description import Step35Runtime
 from step35_patch.model.live_weights import entries_of
 from step35_patch.storage import hf_description, hf_folder
 from step35_patch.storage.errors import CheckpointError
-from step35_patch.storage.hf_folder import DTYPES, HfFolder, ShardWriter
+from step35_patch.storage.hf_folder import DTYPES, Accepted, HfFolder, ShardWriter
 from step35_patch.tensors.published import layer_tensors, published_tensors
 from step35_patch.tensors.table import EMBEDDING
 
@@ -70,21 +70,36 @@ def published_tensors_of(model: Model) -> Iterator[tuple[str, Tensor]]:
             yield from entry.save()
 
 
-def load_hf_weights(model: Model, hf_dir: str | os.PathLike[str]) -> None:
+def load_hf_weights(
+    model: Model,
+    hf_dir: str | os.PathLike[str],
+    *,
+    accept_rounded_router_bias: bool = False,
+    dequantize_fp8: bool = False,
+) -> None:
     """Fill a model with the weights of a folder in the published layout.
 
     Args:
         model: a GPTModel of Step-3.5, wrapped or not, or the list of its model chunks, under any
             tensor-, pipeline-, virtual-pipeline- and expert-parallel layout.
         hf_dir: folder with safetensors whose tensors are those of the model's config, with its
-            shapes and dtypes. Values are converted to the parameters' dtypes.
+            shapes and dtypes, in the published names or as transformers' `save_pretrained` writes
+            them. Values are converted to the parameters' dtypes. Tensors of MTP layers that the
+            model was built without (`mtp_num_layers`) may be there or not.
+        accept_rounded_router_bias: see `step35_patch.convert.convert_to_megatron`.
+        dequantize_fp8: the same.
 
     Raises:
         CheckpointError: the files are not that; everything wrong is listed, and no parameter has
             been changed.
     """
     chunks = _bare_chunks(model)
-    folder = HfFolder(hf_dir, published_tensors(chunks[0][1].config))
+    folder = HfFolder(
+        hf_dir,
+        chunks[0][1].config,
+        mtp_layers=chunks[0][0].config.mtp_num_layers or 0,
+        accept=Accepted(accept_rounded_router_bias, dequantize_fp8),
+    )
     for chunk, runtime in chunks:
         entries = entries_of(chunk, runtime)
         with torch.no_grad():
@@ -99,6 +114,7 @@ def save_hf_weights(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     mtp_from: str | os.PathLike[str] | None = None,
+    without_mtp: bool = False,
 ) -> None:
     """Write a model's weights as a folder in the published layout.
 
@@ -115,17 +131,22 @@ def save_hf_weights(
         mtp_from: where the model has fewer MTP layers than its config (`mtp_num_layers`): the
             folder in the published layout, usually the one that was loaded, from which the others
             are copied as they are.
+        without_mtp: leave the MTP layers out, whether the model has them or not; config.json has
+            num_nextn_predict_layers 0.
 
     Raises:
         FileExistsError: `out_dir` exists.
-        ValueError: `mtp_from` is missing, or is given and there is nothing to copy.
+        ValueError: MTP layers are missing and neither `mtp_from` nor `without_mtp` is given; or
+            `mtp_from` is given and there is nothing to copy.
         CheckpointError: `mtp_from` is not a checkpoint of the model's config.
         OSError: writing failed; nothing is left at `out_dir`.
     """
     chunks = _bare_chunks(model)
     config = chunks[0][1].config
     target = Path(out_dir)
-    untrained = _untrained_mtp_layers(chunks[0][0], config, mtp_from)
+    untrained = _untrained_mtp_layers(chunks[0][0], config, mtp_from, without_mtp)
+    if without_mtp:
+        config = config.without_mtp()
     dtype = dtype or next(chunks[0][0].parameters()).dtype
     hf_folder.dtype_name(dtype)  # refuses one that weights don't come in
     staged, error = _first_rank_does(lambda: hf_folder.staging_folder(target))
@@ -161,9 +182,16 @@ def save_hf_weights(
 
 
 def _untrained_mtp_layers(
-    model: Any, config: Step35Config, mtp_from: str | os.PathLike[str] | None
+    model: Any,
+    config: Step35Config,
+    mtp_from: str | os.PathLike[str] | None,
+    without_mtp: bool,
 ) -> dict[str, HfFolder]:
     """The tensors of MTP layers that the model does not have, and the folder to copy them from."""
+    if without_mtp:
+        if mtp_from is not None:
+            raise ValueError(f"mtp_from: expected None with without_mtp, found {mtp_from}")
+        return {}
     built = model.config.mtp_num_layers or 0
     untrained = config.layers[config.num_hidden_layers + built :]
     names = [info.name for plan in untrained for info in layer_tensors(config, plan)]
@@ -171,11 +199,16 @@ def _untrained_mtp_layers(
         raise ValueError(
             f"mtp_from: the model has {built} of the config's {config.num_nextn_predict_layers} "
             "MTP layers; expected "
-            + ("a folder to copy the others from, found None" if names else "None")
+            + (
+                "a folder to copy the others from, found None; or leave all MTP layers out with "
+                "without_mtp=True"
+                if names
+                else "None"
+            )
         )
     if mtp_from is None:
         return {}
-    folder = HfFolder(mtp_from, published_tensors(config))
+    folder = HfFolder(mtp_from, config)
     return dict.fromkeys(names, folder)
 
 
@@ -201,7 +234,7 @@ def _write(
     writer = ShardWriter(staged, f"model-{stage + 1:05d}", max_bytes)
     for name, tensor in published_tensors_of(model):
         # A later stage with MTP layers has a copy of the embedding; the first one publishes it.
-        if writes and not (name == EMBEDDING and stage > 0):
+        if writes and name in dtypes and not (name == EMBEDDING and stage > 0):
             writer.add(name, tensor.to(dtypes[name]))
     if writes and parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         for name, folder in untrained.items():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from step35_patch.commands.acceptance import add_acceptance
 from step35_patch.settings import GATE_LAYOUTS
 from step35_patch.tensors.published import SAFETENSORS_DTYPES
 
@@ -37,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=GATE_LAYOUTS[0],
         help="as the run that loads it has (default: %(default)s)",
     )
+    to_megatron.add_argument(
+        "--without-mtp",
+        action="store_true",
+        help="leave the MTP layers out, which HF_DIR then need not have",
+    )
+    add_acceptance(to_megatron)
     to_megatron.set_defaults(run=_to_megatron)
     to_hf = directions.add_parser(
         "to-hf",
@@ -63,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mtp-from",
         metavar="HF_DIR",
         help="copy the MTP layers that the checkpoint lacks from this folder",
+    )
+    to_hf.add_argument(
+        "--without-mtp",
+        action="store_true",
+        help="leave the MTP layers out: config.json has num_nextn_predict_layers 0",
     )
     to_hf.set_defaults(run=_to_hf)
     for command in (to_megatron, to_hf):
@@ -126,6 +138,9 @@ def _to_megatron(options: argparse.Namespace) -> int:
             options.hf_dir,
             options.out,
             gate_layout=options.gate_layout,
+            without_mtp=options.without_mtp,
+            accept_rounded_router_bias=options.accept_rounded_router_bias,
+            dequantize_fp8=options.dequantize_fp8,
             options=_options(options),
         )
 
@@ -142,6 +157,7 @@ def _to_hf(options: argparse.Namespace) -> int:
             hf_dir=options.hf_dir,
             average_gate=options.average_gate,
             mtp_from=options.mtp_from,
+            without_mtp=options.without_mtp,
             options=_options(options),
         )
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from step35_patch.commands.acceptance import add_acceptance
 from step35_patch.tensors.published import Weights
 from step35_patch.verify.api import (
     check_reference,
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="leave the MTP layers out, such as those that a checkpoint was trained without",
     )
+    add_acceptance(parser)
     parser.set_defaults(run=run)
 
 
@@ -149,6 +151,8 @@ def _compare(options: argparse.Namespace) -> Report:
         seed=options.seed,
         dtype=getattr(torch, options.dtype),
         mtp=options.mtp,
+        accept_rounded_router_bias=options.accept_rounded_router_bias,
+        dequantize_fp8=options.dequantize_fp8,
         on_part=_print_part,
     )
 

@@ -25,6 +25,7 @@ ALIASES = {
     "dtype": "torch_dtype",
 }
 _WRAPPER = "text_config"
+_DTYPES = ("torch_dtype", "dtype")
 _WRAPPER_MODEL_TYPES = ("step3p7", "step3p5")
 _NEAR_ENOUGH_TO_BE_MEANT = 0.9
 
@@ -32,8 +33,8 @@ _NEAR_ENOUGH_TO_BE_MEANT = 0.9
 def unwrap(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, list[ConfigProblem]]:
     """Take the language model's fields out of a multimodal config; others stay as they are.
 
-    Of a multimodal config only `text_config` counts: no field of the outer object is read except
-    `model_type`, which must be Step's if it is there.
+    Of a multimodal config only `text_config` counts. Of the outer object are read `model_type`,
+    which must be Step's if it is there, and the weights' dtype if `text_config` has none.
 
     Args:
         data: The config, otherwise unchecked.
@@ -47,6 +48,9 @@ def unwrap(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, list[Config
     inner = data[_WRAPPER]
     if not isinstance(inner, Mapping):
         return {}, "", [ConfigProblem(_WRAPPER, "an object", found_text(inner))]
+    if not any(inner.get(name) for name in _DTYPES):
+        outer = {name: data[name] for name in _DTYPES if name in data}
+        inner = {name: value for name, value in inner.items() if name not in outer} | outer
     outer_type = data.get("model_type", _WRAPPER_MODEL_TYPES[0])
     if outer_type in _WRAPPER_MODEL_TYPES:
         return inner, f"{_WRAPPER}.", []

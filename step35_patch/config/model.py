@@ -63,7 +63,7 @@ from step35_patch.config.layer_plan import (
 )
 from step35_patch.config.layer_values import expand_by_type, expand_layer_types, expand_limits
 from step35_patch.config.reading import freeze, json_problems, read_json
-from step35_patch.config.relations import relation_problems
+from step35_patch.config.relations import PER_LAYER_LISTS, relation_problems
 
 __all__ = ["Step35Config", "Step35ConfigError", "Window", "packaged_config_path"]
 
@@ -249,6 +249,19 @@ class Step35Config(StrictModel):
         """
         return type(self)(**{**self.to_dict(), **(update or {})})
 
+    def without_mtp(self) -> Self:
+        """The config of the same model without its MTP layers, in the spelling of the file.
+
+        Per-layer lists end with the decoder's layers.
+        """
+        document = self.to_dict()
+        for name in PER_LAYER_LISTS:
+            if isinstance(document.get(name), list):
+                document[name] = document[name][: self.num_hidden_layers]
+        for name in _OF_MTP:
+            document.pop(name, None)
+        return type(self)(**(document | {"num_nextn_predict_layers": 0}))
+
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 
@@ -324,6 +337,8 @@ class Step35Config(StrictModel):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+# Fields that only speak of MTP layers, beside num_nextn_predict_layers.
+_OF_MTP = ("num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types")
 _MODEL_FIELDS = (
     "hidden_size",
     "intermediate_size",

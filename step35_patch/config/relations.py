@@ -13,7 +13,7 @@ from step35_patch.config.errors import ConfigProblem, found_text
 from step35_patch.config.layer_plan import FULL_ATTENTION, SLIDING_ATTENTION
 from step35_patch.config.layer_values import Values, expand_layer_types, numbers_by_type
 
-_PER_LAYER_LISTS = (
+PER_LAYER_LISTS = (
     "layer_types",
     "rope_theta",
     "partial_rotary_factors",
@@ -54,7 +54,7 @@ def _length_problems(values: Values) -> list[ConfigProblem]:
         hint = f"the longer form has the {mtp} MTP layers at the end"
     return [
         ConfigProblem(name, expected, f"a list of {len(values[name])}", hint)
-        for name in _PER_LAYER_LISTS
+        for name in PER_LAYER_LISTS
         if isinstance(values.get(name), tuple) and len(values[name]) not in (decoder, decoder + mtp)
     ]
 

@@ -20,7 +20,7 @@ from step35_patch.convert.progress import Progress
 from step35_patch.storage.hf_folder import DTYPES
 from step35_patch.storage.staging import Staging, SummedFile
 from step35_patch.tensors.megatron import Box, Run
-from step35_patch.tensors.published import TensorInfo, published_tensors
+from step35_patch.tensors.published import TensorInfo
 
 # What is noted of a file while it is written: of kinds that JSON has.
 type Notes = dict[str, Any]
@@ -132,13 +132,14 @@ class Conversion[Item](ABC):
         config: of the model.
         inputs: the files that the output depends on.
         plan: what else it depends on.
+        tensors: how many the output has, counted in the published layout.
         markers: see `Staging`.
         files: of weights; `write` fills them.
         block_bytes: the most that one worker has in memory at a time, without mapped pages.
         notice: what the user should know of the source.
 
     Attributes:
-        tensors: how many the model has in the published layout.
+        tensors: how many the output has, counted in the published layout.
         num_bytes: of weights, in all files.
     """
 
@@ -151,6 +152,7 @@ class Conversion[Item](ABC):
         config: Step35Config,
         inputs: Iterable[Path],
         plan: Mapping[str, Any],
+        tensors: int,
         markers: tuple[str, ...],
         files: Sequence[OutputFile[Item]],
         block_bytes: int,
@@ -159,7 +161,7 @@ class Conversion[Item](ABC):
         self.source, self.target, self.options = source, target, options
         self.config, self.markers, self.files = config, markers, files
         self.block_bytes, self.notice = block_bytes, notice
-        self.tensors = len(published_tensors(config))
+        self.tensors = tensors
         self.num_bytes = sum(file.num_bytes for file in files)
         self.plan = {
             "step35_patch": __version__,

@@ -39,6 +39,7 @@ def convert_to_hf(
     hf_dir: AnyPath,
     average_gate: bool = False,
     mtp_from: AnyPath | None = None,
+    without_mtp: bool = False,
     options: Options = DEFAULT_OPTIONS,
 ) -> None:
     """Write a Megatron checkpoint in the published layout, for vLLM, SGLang and transformers.
@@ -55,11 +56,14 @@ def convert_to_hf(
         average_gate: see `MegatronCheckpoint`.
         mtp_from: folder in the published layout from which the MTP layers are copied that the
             checkpoint lacks (`--mtp-num-layers`).
+        without_mtp: leave the MTP layers out, whether the checkpoint has them or not; config.json
+            has num_nextn_predict_layers 0.
         options: the rest.
 
     Raises:
         DriftedGateError: rows of an expanded gate differ, and `average_gate` is not set.
-        ValueError: `mtp_from` is missing, or is given and there is nothing to copy.
+        ValueError: MTP layers are missing and neither `mtp_from` nor `without_mtp` is given; or
+            `mtp_from` is given and there is nothing to copy.
         Step35ConfigError, CheckpointError, ConversionError, FileExistsError, OutputBusyError,
             OSError: see `convert_to_megatron`.
     """
@@ -70,6 +74,7 @@ def convert_to_hf(
             hf_dir=Path(hf_dir),
             average_gate=average_gate,
             mtp_from=None if mtp_from is None else Path(mtp_from),
+            without_mtp=without_mtp,
             options=options,
         )
     )
@@ -89,17 +94,21 @@ class ToHf(Conversion[TensorInfo]):
         hf_dir: Path,
         average_gate: bool,
         mtp_from: Path | None,
+        without_mtp: bool,
         options: Options,
     ):
         refuse_nesting([source, hf_dir, *([] if mtp_from is None else [mtp_from])], target)
         config = Step35Config.from_pretrained(hf_dir)
         self._checkpoint = MegatronCheckpoint(source, config, average_gate=average_gate)
-        self._untrained = _untrained(self._checkpoint, mtp_from)
+        self._untrained = _untrained(self._checkpoint, mtp_from, without_mtp)
         if not average_gate:
             self._checkpoint.refuse_drifted_gates()
         self._dtype = dtype = options.dtype or self._checkpoint.dtype
-        self._infos = published_tensors(config, hf_description.torch_dtype_name(dtype))
-        self._runs = published_runs(megatron_tensors(config, self._checkpoint.gate_layout))
+        # What is written of the checkpoint, whose own config stays that of its keys.
+        self._written = config.without_mtp() if without_mtp else config
+        self._infos = published_tensors(self._written, hf_description.torch_dtype_name(dtype))
+        tensors = megatron_tensors(self._written, self._checkpoint.gate_layout)
+        self._runs = published_runs(tensors)
         self._copied = hf_description.files_to_copy(hf_dir)
         inputs = [*self._checkpoint.files(), hf_dir / "config.json", *self._copied]
         if self._untrained is not None:
@@ -112,7 +121,13 @@ class ToHf(Conversion[TensorInfo]):
             options,
             config=config,
             inputs=inputs,
-            plan={"to": "hf", "average_gate": average_gate, "dtype": str(dtype)},
+            plan={
+                "to": "hf",
+                "average_gate": average_gate,
+                "dtype": str(dtype),
+                "without_mtp": without_mtp,
+            },
+            tensors=len(self._infos),
             markers=(hf_folder.INDEX, hf_folder.SINGLE),
             files=[
                 OutputFile(f"model-{n:05d}-of-{len(files):05d}.safetensors", items, num_bytes)
@@ -145,7 +160,7 @@ class ToHf(Conversion[TensorInfo]):
         for path in self._copied:
             staging.small_file(path.name, path.read_bytes())
         beside = {path.name for path in self._copied}
-        config = hf_description.config_document(self.config, self._dtype, beside)
+        config = hf_description.config_document(self._written, self._dtype, beside)
         staging.small_file("config.json", config)
         weight_map = {info.name: file.name for file in self.files for info in file.items}
         index = hf_description.index_document(weight_map, self.num_bytes)
@@ -153,7 +168,8 @@ class ToHf(Conversion[TensorInfo]):
 
     def differences(self, folder: Path) -> Iterator[str]:
         """The published tensors that a folder with the output does not hold as the source does."""
-        written = HfFolder(folder, self._infos)
+        name = hf_description.torch_dtype_name(self._dtype)
+        written = HfFolder(folder, self._written, torch_dtype=name)
 
         def block(run: Run, box: Box) -> Tensor:
             return written.block(run.name, run.start, run.num_elements)
@@ -161,14 +177,25 @@ class ToHf(Conversion[TensorInfo]):
         return differing(self._infos, self._runs, self._block, block)
 
 
-def _untrained(checkpoint: MegatronCheckpoint, mtp_from: Path | None) -> HfFolder | None:
-    """The folder that the MTP layers come from that a checkpoint lacks; None if it has all."""
+def _untrained(
+    checkpoint: MegatronCheckpoint, mtp_from: Path | None, without_mtp: bool
+) -> HfFolder | None:
+    """The folder that the MTP layers come from that a checkpoint lacks; None if none is needed."""
+    if without_mtp:
+        if mtp_from is not None:
+            raise ValueError(f"mtp_from: expected None with without_mtp, found {mtp_from}")
+        return None
     absent = len(checkpoint.absent)
     if mtp_from is not None and absent:
-        return HfFolder(mtp_from, published_tensors(checkpoint.config))
+        return HfFolder(mtp_from, checkpoint.config)
     if mtp_from is None and not absent:
         return None
     raise ValueError(
         f"mtp_from: the checkpoint lacks {absent} tensors of the config's MTP layers; expected "
-        + ("a folder to copy them from, found None" if absent else "None")
+        + (
+            "a folder to copy them from (--mtp-from, mtp_from), found None; or leave the MTP "
+            "layers out with --without-mtp (without_mtp=True)"
+            if absent
+            else "None"
+        )
     )

@@ -28,7 +28,7 @@ from step35_patch.convert.conversion import (
 )
 from step35_patch.storage import torch_dist
 from step35_patch.storage.hf_description import torch_dtype_name
-from step35_patch.storage.hf_folder import DTYPES, HfFolder
+from step35_patch.storage.hf_folder import DTYPES, Accepted, HfFolder
 from step35_patch.storage.megatron_checkpoint import MegatronCheckpoint
 from step35_patch.storage.staging import Staging
 from step35_patch.tensors.megatron import (
@@ -55,6 +55,9 @@ def convert_to_megatron(
     out: AnyPath,
     *,
     gate_layout: str = "headwise",
+    without_mtp: bool = False,
+    accept_rounded_router_bias: bool = False,
+    dequantize_fp8: bool = False,
     options: Options = DEFAULT_OPTIONS,
 ) -> None:
     """Write the checkpoint that Megatron's `--load OUT` takes, under any parallel layout.
@@ -65,18 +68,36 @@ def convert_to_megatron(
     While it runs, torch's number of threads (`torch.set_num_threads`) is 1 in the whole process.
 
     Args:
-        hf_dir: folder in the published layout: config.json, safetensors.
+        hf_dir: folder in the published layout, or one of transformers' `save_pretrained`:
+            config.json, safetensors. A vision model's tensors in it are left alone.
         out: the folder to be made.
         gate_layout: "headwise" or "expanded", as the run that loads it will have.
+        without_mtp: leave the MTP layers out, which the folder then need not have. A run with
+            `--mtp-num-layers 0` needs no such checkpoint, but loads it.
+        accept_rounded_router_bias: take routers' biases that were rounded to bf16 or fp16 when
+            they were saved, as transformers does.
+        dequantize_fp8: take weights in FP8 with block scales (`quant_method` fp8 with a
+            `weight_block_size`): each is (fp8.float() * scale_inv of its block), rounded to the
+            config's torch_dtype.
         options: the rest.
 
     Raises:
         Step35ConfigError: config.json is unusable.
-        CheckpointError: the weights are not those of the config; every problem is listed.
+        CheckpointError: the weights are not those of the config; every problem is listed, and
+            the argument with which it goes.
         ConversionError: NaN or Inf, no space, or `--check` found a difference.
         FileExistsError, OutputBusyError, OSError: see `Staging`.
     """
-    job.run(ToMegatron(Path(hf_dir), Path(out), gate_layout, options))
+    job.run(
+        ToMegatron(
+            Path(hf_dir),
+            Path(out),
+            gate_layout,
+            without_mtp=without_mtp,
+            accept=Accepted(accept_rounded_router_bias, dequantize_fp8),
+            options=options,
+        )
+    )
 
 
 class ToMegatron(Conversion[_Part]):
@@ -85,11 +106,21 @@ class ToMegatron(Conversion[_Part]):
     Args and errors: see `convert_to_megatron`.
     """
 
-    def __init__(self, source: Path, target: Path, gate_layout: str, options: Options):
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        gate_layout: str,
+        *,
+        without_mtp: bool,
+        accept: Accepted,
+        options: Options,
+    ):
         refuse_nesting([source], target)
         config = Step35Config.from_pretrained(source)
-        self._folder = HfFolder(source, published_tensors(config))
-        self._tensors = megatron_tensors(config, gate_layout)
+        self._mtp_layers = 0 if without_mtp else config.num_nextn_predict_layers
+        self._folder = HfFolder(source, config, mtp_layers=self._mtp_layers, accept=accept)
+        self._tensors = megatron_tensors(config, gate_layout, mtp_layers=self._mtp_layers)
         self._gate_layout = gate_layout
         self._dtype = options.dtype or DTYPES[SAFETENSORS_DTYPES[config.torch_dtype]]
         parts = [(tensor, chunk) for tensor in self._tensors for chunk in tensor.chunks]
@@ -100,13 +131,21 @@ class ToMegatron(Conversion[_Part]):
             options,
             config=config,
             inputs=self._folder.files(),
-            plan={"to": "megatron", "gate_layout": gate_layout, "dtype": str(self._dtype)},
+            plan={
+                "to": "megatron",
+                "gate_layout": gate_layout,
+                "dtype": str(self._dtype),
+                "mtp_layers": self._mtp_layers,
+                "fp8_block": self._folder.fp8_block,
+            },
+            tensors=len(published_tensors(config, mtp_layers=self._mtp_layers)),
             markers=(f"{torch_dist.RELEASE}/{torch_dist.METADATA}",),
             files=[
                 OutputFile(f"{torch_dist.RELEASE}/__0_{number}.distcp", items, num_bytes)
                 for number, (items, num_bytes) in enumerate(files, 1)
             ],
             block_bytes=2 * max(map(self._num_bytes, parts)),
+            notice="\n".join(self._folder.notices),
         )
 
     def _dtype_of(self, tensor: MegatronTensor) -> torch.dtype:
@@ -143,7 +182,7 @@ class ToMegatron(Conversion[_Part]):
         torch.save([torch.empty(0, dtype=torch.uint8)], buffer)
         empty = buffer.getvalue()
         place = (_EMPTY_STATES, 0, len(empty))
-        states = [(key, place) for key in extra_states(self.config)]
+        states = [(key, place) for key in extra_states(self.config, mtp_layers=self._mtp_layers)]
         small = {
             _EMPTY_STATES: empty,
             torch_dist.METADATA: torch_dist.metadata_bytes(self._written(notes), states),
@@ -171,7 +210,7 @@ class ToMegatron(Conversion[_Part]):
         config = self.config
         args = Namespace(
             num_layers=config.num_hidden_layers,
-            mtp_num_layers=config.num_nextn_predict_layers or None,
+            mtp_num_layers=self._mtp_layers or None,
             hidden_size=config.hidden_size,
             ffn_hidden_size=config.intermediate_size,
             num_attention_heads=config.num_attention_heads,
@@ -201,5 +240,6 @@ class ToMegatron(Conversion[_Part]):
     def differences(self, folder: Path) -> Iterator[str]:
         """The published tensors that a folder with the output does not hold as the source does."""
         written = MegatronCheckpoint(folder, self.config)
-        infos = published_tensors(self.config, torch_dtype_name(self._dtype))
+        name = torch_dtype_name(self._dtype)
+        infos = published_tensors(self.config, name, mtp_layers=self._mtp_layers)
         return differing(infos, written.runs, self._block, written.block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -11,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from step35_patch.config.model import Step35Config
 from step35_patch.storage.errors import CheckpointError
-from step35_patch.storage.mapped import MappedFiles
+from step35_patch.storage.fp8 import dequantize_rows
+from step35_patch.storage.hf_contents import PUBLISHED, Accepted, Contents, Source
+from step35_patch.storage.shards import INDEX, SINGLE, Shards
 from step35_patch.tensors.published import TensorInfo
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+__all__ = ["DTYPES", "INDEX", "SINGLE", "Accepted", "HfFolder", "ShardWriter"]
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -29,111 +31,75 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class HfFolder:
     """The tensors of a folder with one model.safetensors, or several and an index.
 
+    They have the published names, or those of transformers' modules.
+
     Args:
         path: The folder.
-        expected: The tensors that must be there, all of them and no others.
+        config: Of the model whose tensors must be there, all of them and no others. Those of a
+            vision model beside it are left alone.
+        torch_dtype: Of the tensors; the config's own if None.
+        mtp_layers: How many of the config's MTP layers are read, the first ones; all if None. The
+            others' tensors may be there or not.
+        accept: What may be otherwise than published.
 
     Attributes:
         path: The folder.
+        fp8_block: Rows and columns of a block of FP8 weights that are dequantised; else None.
+        notices: What the user should know of the tensors, each in a line.
 
     Raises:
         CheckpointError: Tensors are missing, unexpected, stored twice or of another shape or dtype;
-            files are missing, unreadable or outside the folder. All of it is listed.
+            files are missing, unreadable or outside the folder. All of it is listed; of quantised
+            weights that is said once.
     """
 
-    def __init__(self, path: str | os.PathLike[str], expected: Iterable[TensorInfo]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: Step35Config,
+        *,
+        torch_dtype: str | None = None,
+        mtp_layers: int | None = None,
+        accept: Accepted = PUBLISHED,
+    ) -> None:
         self.path = Path(path)
-        self._expected = {info.name: info for info in expected}
-        problems: list[str] = []
-        self._files: dict[str, Any] = {}  # safetensors' objects, which have no types
-        self._where: dict[str, str] = {}
-        self._index: dict[str, str] | None = None
-        self._mapped = MappedFiles(self.path)
-        self._starts: dict[str, int] = {}
-        for name in self._shards(problems):
-            self._open(name, problems)
-        if not problems or self._where:
-            problems += self._compare()
+        self._shards = Shards(self.path)
+        contents = Contents(
+            self._shards, config, torch_dtype=torch_dtype, mtp_layers=mtp_layers, accept=accept
+        )
+        self._sources, self.notices = contents.sources, contents.notices
+        self.fp8_block = contents.fp8_block
+        problems = list(self._shards.problems)
+        if not problems or self._shards.tensors:
+            problems += contents.problems
         if problems:
             raise CheckpointError(self.path, problems)
 
-    def _shards(self, problems: list[str]) -> list[str]:
-        if not self.path.is_dir():
-            problems.append(
-                "expected a folder, found " + ("a file" if self.path.exists() else "nothing")
-            )
-            return []
-        if not (self.path / INDEX).exists():
-            if (self.path / SINGLE).exists():
-                return [SINGLE]
-            problems.append(f"expected {INDEX} or {SINGLE}, found neither")
-            return []
-        try:
-            weight_map = json.loads((self.path / INDEX).read_text("utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-            if not all(isinstance(name, str) for name in names):
-                raise TypeError("names of files that are no text")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{INDEX}: expected an object with a weight_map, found: {error!r}")
-            return []
-        self._index = weight_map
-        outside = [name for name in names if Path(name).name != name]
-        problems += [f"{INDEX}: {name!r} leaves the folder" for name in outside]
-        return [name for name in names if name not in outside]
-
-    def _open(self, name: str, problems: list[str]) -> None:
-        try:
-            file = safe_open(self.path / name, framework="pt")
-            keys = list(file.keys())
-        except (OSError, SafetensorError) as error:
-            problems.append(f"{name}: not readable as safetensors: {error}")
-            return
-        self._files[name] = file
-        header = self._mapped.get(name).view(0, 8)
-        start = 8 + int.from_bytes(header, "little")
-        described = json.loads(bytes(self._mapped.get(name).view(8, start - 8)))
-        for key in keys:
-            self._starts[key] = start + described[key]["data_offsets"][0]
-            if key in self._where:
-                problems.append(f"{key}: stored twice, in {self._where[key]} and {name}")
-            elif self._index is not None and self._index.get(key) != name:
-                problems.append(f"{key}: in {name}, where the index has {self._index.get(key)}")
-            self._where[key] = name
-
-    def _compare(self) -> list[str]:
-        problems = [f"{name}: missing" for name in self._expected if name not in self._where]
-        for name, file in self._where.items():
-            if (info := self._expected.get(name)) is None:
-                problems.append(f"{name}: unexpected, in {file}")
-                continue
-            stored = self._files[file].get_slice(name)
-            if tuple(stored.get_shape()) != tuple(info.shape):
-                problems.append(
-                    f"{name}: shape {tuple(stored.get_shape())} in {file}, expected {info.shape}"
-                )
-            if stored.get_dtype() != info.dtype:
-                problems.append(
-                    f"{name}: dtype {stored.get_dtype()} in {file}, expected {info.dtype}"
-                    " (the config's torch_dtype; router_bias is F32)"
-                )
-        return problems
-
     def get(self, name: str, *index: int | slice) -> Tensor:
-        """The tensor, or the part that `index` selects, which alone is read.
+        """The tensor, or the part that `index` selects along its first dimension.
 
         Args:
             name: Its published name.
-            index: For each of its first dimensions a position or a range.
+            index: Nothing, or one position or range of step 1; only that is read.
 
         Returns:
-            The tensor on the CPU, in the file's dtype.
+            The tensor on the CPU in the published dtype, without the first dimension if a position
+            was given; not to be written to.
+
+        Raises:
+            ValueError: A range has another step.
         """
-        file = self._files[self._where[name]]
-        tensor: Tensor = file.get_slice(name)[index] if index else file.get_tensor(name)
-        return tensor
+        shape = self._sources[name].info.shape
+        (rows,) = index or (slice(None),)
+        first, last, step = (rows, rows + 1, 1) if isinstance(rows, int) else rows.indices(shape[0])
+        if step != 1:
+            raise ValueError(f"index: expected a step of 1, found {step}")
+        row, count = math.prod(shape[1:]), max(0, last - first)
+        part = self.block(name, first * row, count * row)
+        return part.view(shape[1:] if isinstance(rows, int) else (count, *shape[1:]))
 
     def block(self, name: str, start: int, count: int) -> Tensor:
-        """Elements of a tensor, row by row, over the mapped file.
+        """Elements of a tensor, row by row, over the mapped file where it holds them as they are.
 
         Args:
             name: Its published name.
@@ -141,17 +107,35 @@ class HfFolder:
             count: How many.
 
         Returns:
-            [count] in the file's dtype, not to be written to.
+            [count] in the published dtype, not to be written to.
         """
-        file = self._mapped.get(self._where[name])
-        dtype = DTYPES[self._expected[name].dtype]
-        self._mapped.used(count * dtype.itemsize)
-        return file.tensor(self._starts[name] + start * dtype.itemsize, count, dtype)
+        source = self._sources[name]
+        width = source.width
+        # Whole rows: dequantising goes by rows.
+        first, last = start // width, -(-(start + count) // width)
+        parts = [self._rows(source, *rows) for rows in source.stored_rows(first, last)]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole[start - first * width :][:count]
+
+    def _rows(self, source: Source, first: int, last: int) -> Tensor:
+        """[elements] of rows of the stored tensor, in the published dtype."""
+        width, dtype = source.width, DTYPES[source.info.dtype]
+        values = self._shards.read(source.stored, first * width, (last - first) * width)
+        if source.scales is None or self.fp8_block is None:
+            return values.to(dtype)  # another one for a rounded router bias alone
+        scales = source.scales
+        return dequantize_rows(
+            values.view(-1, width),
+            self._shards.read(scales, 0, math.prod(scales.shape)).view(scales.shape),
+            first=first,
+            rows=source.stored.shape[-2],
+            block=self.fp8_block,
+            dtype=dtype,
+        ).view(-1)
 
     def files(self) -> list[Path]:
         """The files that its tensors are in, and the index if there is one."""
-        names = [*self._files, *([INDEX] if self._index is not None else [])]
-        return [self.path / name for name in sorted(names)]
+        return self._shards.files()
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -107,12 +107,15 @@ class Box:
     sizes: tuple[int, ...]
 
 
-def megatron_tensors(config: Step35Config, gate_layout: str) -> tuple[MegatronTensor, ...]:
+def megatron_tensors(
+    config: Step35Config, gate_layout: str, *, mtp_layers: int | None = None
+) -> tuple[MegatronTensor, ...]:
     """Every weight and router bias of the model, in the published order of layers.
 
     Args:
         config: The model.
         gate_layout: `"headwise"` or `"expanded"`; without meaning if the config has no gate.
+        mtp_layers: How many of the config's MTP layers, the first ones; all if None.
 
     Raises:
         ValueError: `gate_layout` is neither.
@@ -123,7 +126,7 @@ def megatron_tensors(config: Step35Config, gate_layout: str) -> tuple[MegatronTe
         )
     return tuple(
         MegatronTensor(row, tuple(_qkv_chunks(row, row.qkv) if row.qkv else _chunks(row)))
-        for row in tensor_table(config, gate_layout)
+        for row in tensor_table(config, gate_layout, mtp_layers=mtp_layers)
     )
 
 
@@ -191,11 +194,15 @@ def published_runs(tensors: tuple[MegatronTensor, ...]) -> dict[str, list[tuple[
     return runs
 
 
-def extra_states(config: Step35Config) -> Iterator[str]:
+def extra_states(config: Step35Config, *, mtp_layers: int | None = None) -> Iterator[str]:
     """The keys of the `_extra_state` objects that Megatron-Core asks a checkpoint for.
 
     Those of Transformer Engine's modules, of which the local implementation has some. They hold
     FP8 scaling, and nothing for a model in another precision.
+
+    Args:
+        config: The model.
+        mtp_layers: As for `megatron_tensors`.
     """
 
     def place(row: Row) -> tuple[int, int]:
@@ -208,7 +215,8 @@ def extra_states(config: Step35Config) -> Iterator[str]:
             return row.layer.index, 1
         return row.layer.index, 3 if row.is_expert else 2
 
-    for row in sorted(tensor_table(config, GATE_LAYOUTS[0]), key=place):
+    table = tensor_table(config, GATE_LAYOUTS[0], mtp_layers=mtp_layers)
+    for row in sorted(table, key=place):
         module, _, name = row.key.rpartition(".")
         if name != "weight" or not row.has_extra_state:  # a norm within a linear layer has none
             continue

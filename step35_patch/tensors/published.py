@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.settings import GATE_LAYOUTS
-from step35_patch.tensors.table import Row, layer_rows, tensor_table
+from step35_patch.tensors.table import Row, layer_rows, layers_with, tensor_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +40,11 @@ class TensorInfo:
     dtype: str
 
     @property
+    def is_router_bias(self) -> bool:
+        """Whether it is fp32 whatever dtype the model has."""
+        return self.name.endswith(".router_bias")
+
+    @property
     def num_elements(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
@@ -58,7 +63,7 @@ class Weights(Protocol):
 
 
 def published_tensors(
-    config: Step35Config, torch_dtype: str | None = None
+    config: Step35Config, torch_dtype: str | None = None, *, mtp_layers: int | None = None
 ) -> tuple[TensorInfo, ...]:
     """Every tensor of the published checkpoint of `config`: embedding, layers, norm and head.
 
@@ -67,12 +72,17 @@ def published_tensors(
     Args:
         config: The model.
         torch_dtype: Of the tensors, as in `SAFETENSORS_DTYPES`; the config's own if None.
+        mtp_layers: How many of the config's MTP layers, the first ones; all if None.
     """
     first, *outside = (r for r in tensor_table(config, GATE_LAYOUTS[0]) if r.layer is None)
     torch_dtype = torch_dtype or config.torch_dtype
     return (
         *_in_order([first], torch_dtype),
-        *(tensor for plan in config.layers for tensor in layer_tensors(config, plan, torch_dtype)),
+        *(
+            tensor
+            for plan in layers_with(config, mtp_layers)
+            for tensor in layer_tensors(config, plan, torch_dtype)
+        ),
         *_in_order(outside, torch_dtype),
     )
 

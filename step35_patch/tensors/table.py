@@ -150,21 +150,31 @@ class Row:
         return self.num_elements if self.cut is Cut.WHOLE else self.num_elements // tensor
 
 
-def tensor_table(config: Step35Config, gate_layout: str) -> tuple[Row, ...]:
+def tensor_table(
+    config: Step35Config, gate_layout: str, *, mtp_layers: int | None = None
+) -> tuple[Row, ...]:
     """Every weight and router bias of a model, in the order of its layers.
 
     Args:
         config: The model.
         gate_layout: `"headwise"` or `"expanded"`; without meaning if the config has no gate.
+        mtp_layers: How many of the config's MTP layers, the first ones; all if None.
     """
     hidden, vocabulary = config.hidden_size, (config.vocab_size, config.hidden_size)
     rows = [_vocabulary(EMBEDDING_KEY, Published(EMBEDDING, vocabulary, 0))]
-    for plan in config.layers:
+    for plan in layers_with(config, mtp_layers):
         rows += layer_rows(config, plan, gate_layout)
     norm = Published(FINAL_NORM, (hidden,), 1)
     rows.append(Row("", "decoder.final_layernorm.weight", (norm,)))
     rows.append(_vocabulary("output_layer.weight", Published(HEAD, vocabulary, 2)))
     return tuple(rows)
+
+
+def layers_with(config: Step35Config, mtp_layers: int | None) -> tuple[LayerPlan, ...]:
+    """The decoder's layers and the first MTP layers of a config; all if `mtp_layers` is None."""
+    if mtp_layers is None:
+        return config.layers
+    return config.layers[: config.num_hidden_layers + mtp_layers]
 
 
 def layer_rows(config: Step35Config, plan: LayerPlan, gate_layout: str) -> Iterator[Row]:

@@ -58,6 +58,8 @@ def compare(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     mtp: bool = True,
+    accept_rounded_router_bias: bool = False,
+    dequantize_fp8: bool = False,
     on_part: Callable[[Part], None] | None = None,
 ) -> Report:
     """Compare transformers' Step-3.5 with this package's on random tokens, on the CPU.
@@ -71,7 +73,8 @@ def compare(
     torch.distributed and Megatron-Core's groups are initialised for the call unless they are.
 
     Args:
-        hf_dir: a folder in the published layout; the reference's weights, and config.json.
+        hf_dir: a folder in the published layout, or one of transformers' `save_pretrained`; the
+            reference's weights, and config.json.
         source: our side's weights; those of `hf_dir` by default.
         length: tokens of each sequence; more than the sliding window. See `sequence_length`.
         batch: sequences.
@@ -79,6 +82,9 @@ def compare(
         dtype: what both sides compute in, torch.float32 (default) or torch.bfloat16; the router
             computes in float32.
         mtp: with the MTP layers.
+        accept_rounded_router_bias: of `hf_dir`, for both sides: see
+            `step35_patch.convert.convert_to_megatron`.
+        dequantize_fp8: the same.
         on_part: called with each part as soon as it is computed.
 
     Raises:
@@ -109,6 +115,8 @@ def compare(
         seed=seed,
         dtype=dtype,
         mtp=mtp,
+        accept_rounded_router_bias=accept_rounded_router_bias,
+        dequantize_fp8=dequantize_fp8,
         on_part=on_part,
     )
 

@@ -18,7 +18,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # not in 
 
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.config.model import Step35Config
-from step35_patch.storage.hf_folder import HfFolder
+from step35_patch.storage.hf_folder import Accepted, HfFolder
 from step35_patch.tensors.published import TensorInfo, Weights, layer_tensors, published_tensors
 from step35_patch.tensors.table import EMBEDDING, FINAL_NORM, HEAD, mtp_head
 from step35_patch.verify.measures import LogitsMeasure, end_to_end_difference, own_difference
@@ -53,6 +53,8 @@ def compare_layers(
     seed: int,
     dtype: torch.dtype | None,
     mtp: bool,
+    accept_rounded_router_bias: bool,
+    dequantize_fp8: bool,
     on_part: Callable[[Part], None] | None,
 ) -> Report:
     """As `step35_patch.verify.api.compare`, with a checked config and the tokens' shape (b, s)."""
@@ -62,8 +64,14 @@ def compare_layers(
             f"dtype: expected one of {', '.join(map(str, _TOLERANCES))}, found {dtype}"
         )
     tokens = _random_tokens(config, shape, seed)
+    folder = HfFolder(
+        hf_dir,
+        config,
+        mtp_layers=None if mtp else 0,
+        accept=Accepted(accept_rounded_router_bias, dequantize_fp8),
+    )
     with torch.no_grad(), _single_process():
-        return Comparison(hf_dir, config, source, tokens, dtype, mtp=mtp, on_part=on_part).run()
+        return Comparison(folder, config, source, tokens, dtype, mtp=mtp, on_part=on_part).run()
 
 
 def _random_tokens(config: Step35Config, shape: tuple[int, int], seed: int) -> Tensor:
@@ -103,21 +111,18 @@ class Comparison:
     """Both sides on the same tokens, computed part by part.
 
     Args:
-        hf_dir: a folder in the published layout, the reference's.
+        folder: the reference's.
         config: the folder's.
         source: our side's weights; None means those of the folder.
         tokens: [b, s].
         dtype: what both sides compute in, one of `_TOLERANCES`.
         mtp: with the MTP layers.
         on_part: called with each part as soon as it is computed.
-
-    Raises:
-        CheckpointError: the folder's weights are not those of its config.
     """
 
     def __init__(
         self,
-        hf_dir: str | os.PathLike[str],
+        folder: HfFolder,
         config: Step35Config,
         source: Weights | None,
         tokens: Tensor,
@@ -130,9 +135,9 @@ class Comparison:
         self._on_part = on_part
         self._tolerance = _TOLERANCES[dtype]
         self._tensors = {info.name: info for info in published_tensors(config)}
-        self._folder = HfFolder(hf_dir, self._tensors.values())
+        self._folder = folder
         self._reference = ReferenceSide(config, self._folder, tokens, dtype)
-        self._ours = OurSide(hf_dir, source or self._folder, tokens, dtype, mtp=mtp)
+        self._ours = OurSide(folder.path, source or self._folder, tokens, dtype, mtp=mtp)
         decoder = config.num_hidden_layers
         self._decoder_layers = config.layers[:decoder]
         self._mtp_layers = config.layers[decoder:] if mtp else ()
