@@ -35,6 +35,8 @@ class Step35ModelProvider(TransformerConfig):
     entries, or those and the MTP layers'.
 
     Args:
+        mtp_num_layers: how many of the config's MTP layers are built, the first ones; None or 0 to
+            build none.
         layer_types: "full_attention" or "sliding_attention" for each layer.
         attention_other_setting: the sliding layers' heads, as in the Hugging Face config.
         sliding_attention_setting: {"sliding_window": W}, in keys, the query's own included.
@@ -61,6 +63,7 @@ class Step35ModelProvider(TransformerConfig):
     moe_router_load_balancing_type: str | list[str] = "none"
     moe_router_bias_update_rate: float = 0.0
 
+    mtp_num_layers: int | None = None
     layer_types: list[str] | None = None
     attention_other_setting: dict[str, Any] | None = None
     sliding_attention_setting: dict[str, Any] | None = None
@@ -108,6 +111,8 @@ class Step35ModelProvider(TransformerConfig):
             self.hf_config = self._described_config()
             self._take_model_fields(self.hf_config)
         self.hetereogenous_dist_checkpoint = True
+        if self.mtp_num_layers == 0:
+            self.mtp_num_layers = None  # Megatron-Core's for no MTP layers
         super().__post_init__()
         self._check_provider_fields(self.hf_config)
         check(self, self.hf_config, "hf_config")

@@ -69,12 +69,19 @@ def fill_in(
             setattr(args, name, wanted)
         elif option in _CHOICES or given[name] == wanted:
             continue
-        elif name == "mtp_num_layers" and given[name] and 0 < given[name] < wanted:
-            continue  # fewer MTP layers are trained; the others stay as they are
+        elif name == "mtp_num_layers" and 0 <= given[name] < wanted:
+            # Fewer MTP layers are trained; the others stay as they are.
+            if getattr(args, "use_checkpoint_args", False):
+                problems.append(
+                    f"--use-checkpoint-args: expected none with --mtp-num-layers {given[name]}, "
+                    "which it would replace by the checkpoint's; the shapes come from the config"
+                )
         else:
             problems.append(f"{option}: the config needs {wanted}, found {given[name]}")
     if args.sft and "create_attention_mask_in_dataloader" not in given:
         args.create_attention_mask_in_dataloader = False  # its batches are packed and have none
+    if given.get("mtp_num_layers") == 0:
+        args.mtp_num_layers = None  # Megatron's for no MTP layers; of 0 it would build a block
     full = next((p for p in config.layers if p.window_size is None), config.layers[0])
     for name, wanted in {
         "rotary_base": full.rotary_base,

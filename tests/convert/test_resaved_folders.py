@@ -1,4 +1,4 @@
-"""Folders of transformers' `save_pretrained`: read as they are; a loss needs an option of its name."""
+"""Folders of transformers' `save_pretrained`, read as they are; a loss needs its option."""
 
 from __future__ import annotations
 

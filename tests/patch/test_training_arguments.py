@@ -11,6 +11,7 @@ import pytest
 from support.reference import FULL, tiny_config
 
 import step35_patch
+from step35_patch import Step35Config
 from step35_patch.patch.agreement import Step35MismatchError, check_checkpoint
 from step35_patch.patch.parse_args import Step35ArgumentError, add_arguments
 
@@ -106,6 +107,12 @@ def test_what_says_the_same_is_no_conflict(parse):
 
 def test_fewer_mtp_layers_may_be_trained(parse):
     assert parse("--mtp-num-layers", "1", config=tiny_config()).mtp_num_layers == 1
+    # Megatron builds a block of MTP layers unless it is None.
+    assert parse("--mtp-num-layers", "0", config=tiny_config()).mtp_num_layers is None
+    without = Step35Config.from_dict(tiny_config()).without_mtp().to_dict()
+    assert parse("--mtp-num-layers", "0", config=without).mtp_num_layers is None
+    with pytest.raises(Step35ArgumentError, match="--use-checkpoint-args: expected none with"):
+        parse("--mtp-num-layers", "0", "--use-checkpoint-args", config=tiny_config())
     with pytest.raises(Step35ArgumentError, match="--mtp-num-layers: the config needs 2, found 3"):
         parse("--mtp-num-layers", "3", config=tiny_config())
 

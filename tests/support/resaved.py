@@ -12,7 +12,10 @@ from transformers.models.step3p7.configuration_step3p7 import (
     Step3p7TextConfig,
     Step3p7VisionConfig,
 )
-from transformers.models.step3p7.modeling_step3p7 import Step3p7ForConditionalGeneration
+from transformers.models.step3p7.modeling_step3p7 import (
+    Step3p7ForConditionalGeneration,
+    Step3p7RotaryEmbedding,
+)
 
 _VISION = {"width": 32, "layers": 1, "heads": 2, "image_size": 28, "patch_size": 14}
 
@@ -29,11 +32,14 @@ def load_by_transformers(
     level = logger.level
     logger.setLevel(logging.ERROR)  # it reports that the vision model's weights are missing
     try:
-        return Step3p7ForConditionalGeneration.from_pretrained(
+        model = Step3p7ForConditionalGeneration.from_pretrained(
             folder, config=whole, dtype=dtype, attn_implementation="eager"
         )
     finally:
         logger.setLevel(level)
+    # Buffers that are in no file: with the stand-in for CUDA they come from "meta" as they may.
+    model.model.language_model.rotary_emb = Step3p7RotaryEmbedding(whole.text_config)
+    return model
 
 
 def logits(model: Step3p7ForConditionalGeneration, input_ids: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from support.layout_runs import (
 )
 from support.once import once
 
+from step35_patch import Step35Config
 from step35_patch.convert import Options, convert_to_hf, convert_to_megatron
 
 pytestmark = pytest.mark.slow
@@ -139,6 +140,35 @@ def test_converted_checkpoint_trains_alike(start, train, tmp_path):
         assert_same_training(iterations(output), start.expected)
     with pytest.raises(RuntimeError, match="gate layout: headwise in the checkpoint, expanded"):
         train(start.config, *arguments(), *load, "--step35-gate-layout", "expanded")
+
+
+@every_version
+def test_training_without_mtp_layers(start, train, tmp_path):
+    """From a checkpoint that has them and from one that has not; resumed, and exported."""
+    hf, saved, back = (tmp_path / name for name in ("hf", "saved", "back"))
+    convert_to_hf(start.checkpoint, hf, hf_dir=start.config.parent)
+    convert_to_megatron(hf, tmp_path / "all")
+    convert_to_megatron(hf, tmp_path / "decoder", without_mtp=True)
+
+    def trained(load: Path, *more: str) -> dict[int, Iteration]:
+        words = ["--mtp-num-layers", "0", "--load", str(load), "--exit-on-missing-checkpoint"]
+        return iterations(train(start.config, *arguments(4), *words, *more))
+
+    found = trained(tmp_path / "all", "--save", str(saved), "--save-interval", "2")
+    assert abs(found[1].loss / start.expected[1].loss - 1) < 2e-5
+    assert start.expected[1].mtp_losses and not found[1].mtp_losses
+    assert trained(tmp_path / "decoder") == found
+    assert trained(saved, "--ckpt-step", "2")[3] == found[3]
+    with pytest.raises(ValueError, match="--without-mtp"):
+        convert_to_hf(saved, back, hf_dir=hf)
+    convert_to_hf(saved, back, hf_dir=hf, without_mtp=True)
+    assert Step35Config.from_pretrained(back).num_nextn_predict_layers == 0
+    convert_to_megatron(back, tmp_path / "again")  # nothing is missing from it
+
+    # The other way round Megatron would leave them at their random start.
+    words = ["--load", str(tmp_path / "decoder"), "--exit-on-missing-checkpoint"]
+    with pytest.raises(RuntimeError, match="mtp"):
+        train(start.config, *arguments(2), *words)
 
 
 def test_expanded_gate_is_saved_and_resharded(start, train, tmp_path):
