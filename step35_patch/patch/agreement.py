@@ -121,3 +121,25 @@ def check_checkpoint(checkpoint_args: Any, name: str) -> None:
             + f"\nGive this run the config, STEP35_GATE_LAYOUT and STEP35_WINDOW of the "
             f"checkpoint (this run's config: {settings.source})."
         )
+
+
+def check_mtp_layers(checkpoint_args: Any, args: Any, name: str) -> None:
+    """Refuse a checkpoint with fewer MTP layers than this run builds; more are left alone.
+
+    Args:
+        checkpoint_args: as for `check_checkpoint`.
+        args: this run's.
+        name: the checkpoint's, for messages.
+
+    Raises:
+        Step35MismatchError: some of this run's MTP layers are not in it.
+    """
+    if process.active() is None or not hasattr(checkpoint_args, "mtp_num_layers"):
+        return
+    found, wanted = checkpoint_args.mtp_num_layers or 0, args.mtp_num_layers or 0
+    if found < wanted:
+        raise Step35MismatchError(
+            f"{name} has {found} MTP layers, this run builds {wanted}: give it --mtp-num-layers "
+            f"{found}, or a checkpoint with all of them, as `step35-patch convert to-megatron` "
+            "makes of the published folder"
+        )

@@ -23,7 +23,7 @@ from step35_patch.costs import megatron_reports as reports
 from step35_patch.model import mtp
 from step35_patch.model.description import Step35Runtime, check, from_settings, runtime_for
 from step35_patch.model.specs import decoder_layer_spec, mtp_layer_spec, step35_norm
-from step35_patch.patch.agreement import check_checkpoint, check_ranks_agree
+from step35_patch.patch.agreement import check_checkpoint, check_mtp_layers, check_ranks_agree
 from step35_patch.patch.built_model import announce, check_model
 from step35_patch.patch.parse_args import parse
 
@@ -183,6 +183,7 @@ def load_base_checkpoint(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kw
     state, name = result[0], result[1]
     if state is not None and state.get("args") is not None:
         check_checkpoint(state["args"], str(name))
+        check_mtp_layers(state["args"], _bind(wrapped, args, kwargs)["args"], str(name))
     return result
 
 

@@ -165,9 +165,11 @@ def test_training_without_mtp_layers(start, train, tmp_path):
     assert Step35Config.from_pretrained(back).num_nextn_predict_layers == 0
     convert_to_megatron(back, tmp_path / "again")  # nothing is missing from it
 
-    # The other way round Megatron would leave them at their random start.
+    # The other way round they would have no values.
     words = ["--load", str(tmp_path / "decoder"), "--exit-on-missing-checkpoint"]
-    with pytest.raises(RuntimeError, match="mtp"):
+    with pytest.raises(
+        RuntimeError, match="has 0 MTP layers, this run builds 2: give it --mtp-num"
+    ):
         train(start.config, *arguments(2), *words)
 
 
