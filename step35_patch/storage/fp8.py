@@ -53,11 +53,11 @@ def dequantize_rows(
     count, columns = values.shape
     in_blocks = scales.shape[-2]
     table = scales.reshape(-1, scales.shape[-1])
-    result = torch.empty(values.shape, dtype=dtype)
+    result = values.new_empty(values.shape, dtype=dtype)
     at_once = max(1, _AT_ONCE // columns)
     for start in range(0, count, at_once):
         part = values[start : start + at_once].float()
-        row = torch.arange(first + start, first + start + len(part))
+        row = torch.arange(first + start, first + start + len(part), device=values.device)
         of_rows = table[row // rows * in_blocks + row % rows // block[0]].float()
         part *= of_rows.repeat_interleave(block[1], dim=1)[:, :columns]
         result[start : start + len(part)] = part

@@ -27,7 +27,12 @@ def test_option_dequantizes_and_a_resumed_run_knows_it(tmp_path, server):
     assert not out.exists()
 
     on = [*words, "--dequantize-fp8"]
-    assert server.run(on, at_change(60, KILL)).status == -signal.SIGKILL
+    # What is left of a run with other options is not gone on with.
+    assert server.run([*on, "--without-mtp"], at_change(60, KILL)).status == -signal.SIGKILL
+    assert finished_files(out)
+    ended = server.run(on, at_change(60, KILL))
+    assert ended.status == -signal.SIGKILL
+    assert "made of other inputs or options; removed" in ended.text
     finished = finished_files(out)
     assert finished
     ended = server.run(on)

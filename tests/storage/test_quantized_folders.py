@@ -8,12 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.converted import weights_of
-from support.quantized import is_quantized, write_fp8_folder
+from support.quantized import (
+    dequantize_by_transformers,
+    is_quantized,
+    quantize,
+    write_fp8_folder,
+)
 from support.reference import tiny_config, write_hf_folder
 
 from step35_patch import Step35Config
 from step35_patch.storage.errors import CheckpointError
 from step35_patch.storage.hf_folder import Accepted, HfFolder
+from step35_patch.tensors.published import published_tensors
+from step35_patch.tensors.spelling import transformers_place
 
 DEQUANTIZE = Accepted(dequantize_fp8=True)
 
@@ -54,6 +61,36 @@ def test_parts_need_not_align_with_blocks(tmp_path):
             assert torch.equal(folder.block(name, start, count), flat[start : start + count])
     assert torch.equal(folder.get(experts, 2), meant[experts][2])
     assert torch.equal(folder.get(matrix, slice(3, 18)), meant[matrix][3:18])
+
+
+def test_fused_experts_in_transformers_names(tmp_path):
+    """The up projection begins within a block of the tensor that it shares with the gate's."""
+    config = config_of()
+    weights, parsed, block = weights_of(config), Step35Config.from_dict(config), (16, 16)
+    fused: dict[str, list[torch.Tensor]] = {}
+    for info in published_tensors(parsed):
+        fused.setdefault(transformers_place(info).name, []).append(weights[info.name])
+    stored, meant = {}, {}
+    for name, parts in fused.items():
+        stored[name] = torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
+        meant[name] = stored[name]
+        if ".experts." in name:
+            values, scales = quantize(stored[name], block)
+            stored |= {name: values, f"{name}_scale_inv": scales}
+            meant[name] = dequantize_by_transformers(values, scales, block, torch.bfloat16)
+    assert len(stored) == len(fused) + 2 * 4 and len(fused) == len(weights) - 4
+    stated = {"quant_method": "fp8", "weight_block_size": list(block)}
+    write_hf_folder(tmp_path, config | {"quantization_config": stated}, stored)
+    folder = HfFolder(tmp_path, parsed, accept=DEQUANTIZE)
+    for info in published_tensors(parsed):
+        place = transformers_place(info)
+        wanted = meant[place.name]
+        if place.shape != info.shape:
+            wanted = wanted[:, place.first_row : place.first_row + info.shape[1]]
+        assert torch.equal(folder.get(info.name), wanted), info.name
+    up = "model.layers.3.moe.up_proj.weight"
+    flat = meant["model.language_model.layers.3.mlp.experts.gate_up_proj"][:, 24:].flatten()
+    assert torch.equal(folder.block(up, 700, 900), flat[700:1600])  # of two experts
 
 
 def test_large_tensors_are_dequantized_piece_by_piece(tmp_path):
