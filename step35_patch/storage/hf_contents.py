@@ -11,7 +11,7 @@ from step35_patch.config.model import Step35Config
 from step35_patch.config.quantization import quantization_of
 from step35_patch.storage.fp8 import scale_shape
 from step35_patch.storage.shards import Shards, Stored
-from step35_patch.tensors.published import TensorInfo, published_tensors
+from step35_patch.tensors.published import TensorInfo, published_tensors, router_biases
 from step35_patch.tensors.spelling import (
     VISION,
     Place,
@@ -110,6 +110,7 @@ class Contents:
         self.problems: list[str] = []
         self.notices: list[str] = []
         self._stored, self._accept = shards.tensors, accept
+        self._router_biases = router_biases(config)
         self._refuse_quantized(shards.path)
         if self.problems:
             return
@@ -175,7 +176,7 @@ class Contents:
         scales = None
         if stored.dtype == _FP8 and self.fp8_block and len(info.shape) > 1:
             scales = self._scales(stored, self.fp8_block)
-        elif stored.dtype != info.dtype and not _is_rounded(info, stored):
+        elif stored.dtype != info.dtype and not self._is_rounded(info, stored):
             self.problems.append(
                 f"{place.name}: dtype {stored.dtype} in {stored.file}, expected {info.dtype}"
                 " (the config's torch_dtype; router_bias is F32)"
@@ -198,7 +199,11 @@ class Contents:
         return scales
 
     def _refuse_rounded(self) -> None:
-        rounded = [s.stored for s in self.sources.values() if _is_rounded(s.info, s.stored)]
+        rounded = [
+            source.stored
+            for source in self.sources.values()
+            if self._is_rounded(source.info, source.stored)
+        ]
         if not rounded:
             return
         first = rounded[0]
@@ -211,6 +216,9 @@ class Contents:
             "tokens go to other experts. Copy them from the published folder, or take them with "
             "--accept-rounded-router-bias (accept_rounded_router_bias=True)"
         )
+
+    def _is_rounded(self, info: TensorInfo, stored: Stored) -> bool:
+        return info.name in self._router_biases and stored.dtype in _ROUNDED
 
     def _refuse_others(self, known: set[str]) -> None:
         fp8 = {name for name in known & self._stored.keys() if self._stored[name].dtype == _FP8}
@@ -226,7 +234,3 @@ class Contents:
 
 def _scales_name(weight: str) -> str:
     return f"{weight}_scale_inv"
-
-
-def _is_rounded(info: TensorInfo, stored: Stored) -> bool:
-    return info.is_router_bias and stored.dtype in _ROUNDED

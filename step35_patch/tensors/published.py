@@ -40,11 +40,6 @@ class TensorInfo:
     dtype: str
 
     @property
-    def is_router_bias(self) -> bool:
-        """Whether it is fp32 whatever dtype the model has."""
-        return self.name.endswith(".router_bias")
-
-    @property
     def num_elements(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
@@ -100,6 +95,12 @@ def layer_tensors(
     # Either layout of the gate is made of the same tensors.
     rows = layer_rows(config, plan, GATE_LAYOUTS[0])
     return _in_order(rows, torch_dtype or config.torch_dtype)
+
+
+def router_biases(config: Step35Config) -> frozenset[str]:
+    """The names of the tensors that are fp32 whatever dtype the model has."""
+    rows = tensor_table(config, GATE_LAYOUTS[0])
+    return frozenset(tensor.name for row in rows for tensor in row.published if tensor.is_fp32)
 
 
 def _in_order(rows: Iterable[Row], torch_dtype: str) -> Iterator[TensorInfo]:

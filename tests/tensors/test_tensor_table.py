@@ -25,6 +25,7 @@ NAMES = re.compile(
 # Module: what it says of tensors, and why.
 SPOKEN_OF_ELSEWHERE = {
     "tensors/table.py": "the table",
+    "tensors/spelling.py": "transformers' own names for stored tensors, beside the published ones",
     "verify/reference.py": "transformers' own names for the reference's modules",
 }
 
