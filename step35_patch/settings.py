@@ -1,4 +1,4 @@
-"""What was asked for in this process: the config, the gate layout and the window convention.
+"""What was asked for in this process: the config, and the choices that go with it.
 
 `step35_patch.patch.activation` and Megatron's command line write it, everything else reads it. The
 config that STEP35_CONFIG names is read when somebody first asks for it, so that an interpreter's
@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from step35_patch.config.model import Step35Config, Window
 
 GateLayout = Literal["headwise", "expanded"]
+PaddedLogits = Literal["masked", "kept"]
 GATE_LAYOUTS: tuple[GateLayout, ...] = ("headwise", "expanded")
 WINDOWS: tuple[Window, ...] = ("hf", "steptron")
+PADDED_LOGITS: tuple[PaddedLogits, ...] = ("masked", "kept")
 
 
 class Step35ActivationError(ImportError):
@@ -31,12 +33,14 @@ class Settings(NamedTuple):
         config: The validated Hugging Face config.
         gate_layout: "headwise" or "expanded".
         window: "hf" (a sliding layer's query sees W keys) or "steptron" (W + 1 keys).
+        padded_logits: "masked" or "kept" (see `step35_patch.model.padded_vocabulary`).
         source: Path of the config, or "<object>" for one that was handed over.
     """
 
     config: Step35Config
     gate_layout: GateLayout
     window: Window
+    padded_logits: PaddedLogits
     source: str
 
 
@@ -47,6 +51,7 @@ class Request(NamedTuple):
         enabled: Whether the package is on at all.
         gate_layout: "headwise" or "expanded".
         window: "hf" or "steptron".
+        padded_logits: "masked" or "kept".
         path: Of a config that nobody has asked for yet; None once it is read.
         settings: The process-wide model, or None without a config and until it is read.
     """
@@ -54,6 +59,7 @@ class Request(NamedTuple):
     enabled: bool = False
     gate_layout: GateLayout = GATE_LAYOUTS[0]
     window: Window = WINDOWS[0]
+    padded_logits: PaddedLogits = PADDED_LOGITS[0]
     path: str | None = None
     settings: Settings | None = None
 
@@ -71,6 +77,7 @@ def ask_for(
     config: str | os.PathLike[str] | Mapping[str, Any] | Step35Config | None,
     gate_layout: str | None,
     window: str | None,
+    padded_logits: str | None,
 ) -> None:
     """Make this the process-wide model, and the package enabled.
 
@@ -78,6 +85,7 @@ def ask_for(
         config: As for `step35_patch.activate`.
         gate_layout: As there.
         window: As there.
+        padded_logits: As there.
 
     Raises:
         ValueError: An argument has no legal value, or is a config that is wrong
@@ -85,7 +93,7 @@ def ask_for(
         Step35ActivationError: A STEP35_ variable has no legal value; nothing is changed then.
     """
     global _request
-    request = _requested(config, gate_layout, window)
+    request = _requested(config, gate_layout, window, padded_logits)
     with _lock:
         _request = request
 
@@ -126,10 +134,12 @@ def _requested(
     config: str | os.PathLike[str] | Mapping[str, Any] | Step35Config | None,
     gate_layout: str | None,
     window: str | None,
+    padded_logits: str | None,
 ) -> Request:
     """The arguments of `ask_for`, checked, completed from the environment, and if given read."""
     asked_gate_layout = _choice("gate_layout", gate_layout, GATE_LAYOUTS)
     asked_window = _choice("window", window, WINDOWS)
+    asked_padded_logits = _choice("padded_logits", padded_logits, PADDED_LOGITS)
     try:
         for name in ("STEP35_PATCH", "STEP35_ALLOW_UNTESTED"):
             _choice(name, os.environ.get(name), ("0", "1"))
@@ -137,12 +147,16 @@ def _requested(
             "STEP35_GATE_LAYOUT", os.environ.get("STEP35_GATE_LAYOUT"), GATE_LAYOUTS
         )
         default_window = _choice("STEP35_WINDOW", os.environ.get("STEP35_WINDOW"), WINDOWS)
+        default_padded_logits = _choice(
+            "STEP35_PADDED_LOGITS", os.environ.get("STEP35_PADDED_LOGITS"), PADDED_LOGITS
+        )
     except ValueError as error:
         raise Step35ActivationError(str(error)) from None
     request = Request(
         enabled=True,
         gate_layout=asked_gate_layout or default_gate_layout or GATE_LAYOUTS[0],
         window=asked_window or default_window or WINDOWS[0],
+        padded_logits=asked_padded_logits or default_padded_logits or PADDED_LOGITS[0],
     )
     if config is not None:
         return request._replace(settings=_settings(config, request))
@@ -182,4 +196,4 @@ def _settings(
         raise TypeError(
             f"config: expected a path, a mapping or a Step35Config, found a {type(config).__name__}"
         )
-    return Settings(config, request.gate_layout, request.window, source)
+    return Settings(config, request.gate_layout, request.window, request.padded_logits, source)

@@ -57,7 +57,7 @@ _NAMES = {
     """,
     "kernel: which code computes the same": """
         apply_rope_fusion attention_backend batch_invariant_mode bias_activation_fusion
-        bias_dropout_fusion bias_swiglu_fusion cross_entropy_fusion_impl cross_entropy_loss_fusion
+        bias_dropout_fusion bias_swiglu_fusion cross_entropy_loss_fusion
         deterministic_mode disable_bf16_reduced_precision_matmul enable_experimental
         flash_attention_version fused_residual_rmsnorm masked_softmax_fusion moe_grouped_gemm
         moe_permute_fusion moe_permute_fusion_into_hybridep moe_router_fusion
@@ -127,7 +127,7 @@ _NAMES = {
     "batches of packed conversations; refused with CP on the torch path": """
         sft sft_tokenizer_prompt_format
     """,
-    "rows beyond vocab_size; see the README on padding": "make_vocab_size_divisible_by",
+    "rows beyond vocab_size, which are masked": "make_vocab_size_divisible_by",
     "set by the training loop": """
         experimental_attention_variant_loss_scale_func finalize_model_grads_func grad_scale_func
         grad_sync_func moe_grad_scale_func mtp_grad_scale_func no_sync_func param_sync_func timers

@@ -1,9 +1,9 @@
 """The description of a Step-3.5 model, which Megatron-Core's TransformerConfig has no room for.
 
-A `Step35Runtime` is that description: the validated Hugging Face config together with the two
-choices that the config does not make (gate layout and window convention). `runtime_for` answers
-the one question that every hook asks: is this TransformerConfig a Step-3.5 model's, and which
-one's?
+A `Step35Runtime` is that description: the validated Hugging Face config together with the
+choices that the config does not make (gate layout, window convention and what becomes of padded
+columns). `runtime_for` answers the one question that every hook asks: is this TransformerConfig a
+Step-3.5 model's, and which one's?
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from step35_patch import settings as process
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.config.model import Step35Config, Window
 from step35_patch.model.megatron_fields import model_fields
-from step35_patch.settings import GateLayout, Settings
+from step35_patch.settings import GateLayout, PaddedLogits, Settings
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -34,21 +34,26 @@ class Step35Runtime:
         config: the validated Hugging Face config.
         gate_layout: "headwise" or "expanded" (see `step35_patch.model.attention`).
         window: "hf" (a sliding layer's query sees W keys) or "steptron" (W + 1 keys).
+        padded_logits: "masked" or "kept" (see `step35_patch.model.padded_vocabulary`).
         source: where the config came from, for messages.
     """
 
     config: Step35Config
     gate_layout: GateLayout = "headwise"
     window: Window = "hf"
+    padded_logits: PaddedLogits = "masked"
     source: str = field(default="<object>", compare=False)
     layers: tuple[LayerPlan, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.gate_layout not in process.GATE_LAYOUTS:
-            raise ValueError(
-                f"gate_layout: expected {' or '.join(map(repr, process.GATE_LAYOUTS))}, found "
-                f"{self.gate_layout!r}"
-            )
+        for name, found, legal in (
+            ("gate_layout", self.gate_layout, process.GATE_LAYOUTS),
+            ("padded_logits", self.padded_logits, process.PADDED_LOGITS),
+        ):
+            if found not in legal:
+                raise ValueError(
+                    f"{name}: expected {' or '.join(map(repr, legal))}, found {found!r}"
+                )
         if self.config.use_moe and self.config.moe_top_k == 1:
             raise ValueError(
                 "moe_top_k: expected at least 2, found 1: Megatron-Core does not normalise the "
@@ -161,4 +166,4 @@ def runtime_for(config: TransformerConfig) -> Step35Runtime | None:
 @lru_cache(maxsize=4)  # asked for at every step, by Megatron's count of operations
 def from_settings(settings: Settings) -> Step35Runtime:
     """The model that the process-wide activation asks for."""
-    return Step35Runtime(settings.config, settings.gate_layout, settings.window, settings.source)
+    return Step35Runtime(**settings._asdict())

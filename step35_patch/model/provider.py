@@ -23,7 +23,7 @@ from step35_patch.model.megatron_fields import (
     model_fields,
     provider_fields,
 )
-from step35_patch.settings import GateLayout
+from step35_patch.settings import GateLayout, PaddedLogits
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Step35ModelProvider(TransformerConfig):
         swiglu_limits, swiglu_limits_shared: clamps for each layer; 0 or None means no clamp.
         head_wise_attn_gate: whether each head's output is gated.
         vocab_size, max_position_embeddings: as in the Hugging Face config.
-        gate_layout, window: see `step35_patch.activate`.
+        gate_layout, window, padded_logits: see `step35_patch.activate`.
         parallel_output: leave the logits split by vocabulary over the tensor-parallel ranks.
 
     Fields may be set later on, as frameworks do. Whatever builds something from the provider then
@@ -78,6 +78,7 @@ class Step35ModelProvider(TransformerConfig):
     max_position_embeddings: int = 0
     gate_layout: GateLayout = "headwise"
     window: Window = "hf"
+    padded_logits: PaddedLogits = "masked"
     parallel_output: bool = True
     hf_config: Step35Config | None = None
 
@@ -88,8 +89,8 @@ class Step35ModelProvider(TransformerConfig):
         Args:
             path: a config.json, or a folder with one.
             overrides: TransformerConfig's fields (parallel sizes, precision, recompute, ...),
-                `gate_layout`, `window` and `parallel_output`. One that contradicts the config
-                is an error.
+                `gate_layout`, `window`, `padded_logits` and `parallel_output`. One that
+                contradicts the config is an error.
 
         Raises:
             Step35ConfigError: the file is not a legal Step-3.5 config.
@@ -117,7 +118,9 @@ class Step35ModelProvider(TransformerConfig):
         self._check_provider_fields(self.hf_config)
         check(self, self.hf_config, "hf_config")
         check_options(self)
-        self._runtime = Step35Runtime(self.hf_config, self.gate_layout, self.window)
+        self._runtime = Step35Runtime(
+            self.hf_config, self.gate_layout, self.window, self.padded_logits
+        )
         self._made = self._values()
 
     @property
@@ -212,8 +215,8 @@ class Step35ModelProvider(TransformerConfig):
 
         Returns:
             GPTModel with Step35DecoderLayer as its layers. Called with (input_ids [b, s],
-            position_ids [b, s], attention_mask or None) it returns logits [b, s, vocabulary];
-            with labels [b, s] too, the loss of each token [b, s].
+            position_ids [b, s], attention_mask or None) it returns logits [b, s, vocabulary],
+            with the columns that pad it; with labels [b, s] too, the loss of each token [b, s].
 
         Raises:
             RuntimeError: step35_patch was deactivated.

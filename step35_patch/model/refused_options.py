@@ -159,6 +159,12 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
         (False,),
         "the residual is taken before the norm",
     ),
+    RefusedOption(
+        "cross_entropy_fusion_impl",
+        ("native", "te"),
+        "another one may not see the logits, and so neither their padded columns nor the MTP "
+        "layers' own matrices",
+    ),
     RefusedOption("use_mup", (False,), "it scales layers by their width, and Step-3.5 does not"),
     # It changes no result, but would have no effect.
     RefusedOption(

@@ -49,6 +49,7 @@ def activate(
     *,
     gate_layout: str | None = None,
     window: str | None = None,
+    padded_logits: str | None = None,
 ) -> None:
     """Patch Megatron-Core in this process, now or when it is imported. Twice is the same as once.
 
@@ -59,6 +60,8 @@ def activate(
             (Step35ModelProvider).
         gate_layout: "headwise" or "expanded"; None means STEP35_GATE_LAYOUT, else "headwise".
         window: "hf" or "steptron"; None means STEP35_WINDOW, else "hf".
+        padded_logits: "masked" or "kept": what becomes of the logits' columns that only pad the
+            vocabulary; None means STEP35_PADDED_LOGITS, else "masked".
 
     Raises:
         ValueError: An argument has no legal value; or the config is wrong (Step35ConfigError, for
@@ -66,7 +69,7 @@ def activate(
         Step35ActivationError: A STEP35_ variable has no legal value (nothing is changed then), or
             Megatron-Core is imported already and is not one that can be patched.
     """
-    settings.ask_for(config, gate_layout, window)
+    settings.ask_for(config, gate_layout, window, padded_logits)
     with _lock:
         if not any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path):
             sys.meta_path.insert(0, _MegatronFinder())
@@ -225,6 +228,7 @@ def status() -> Status:
             config=request.source,
             gate_layout=request.gate_layout,
             window=request.window,
+            padded_logits=request.padded_logits,
             targets=tuple(map(_target_status, TARGETS)),
         )
 

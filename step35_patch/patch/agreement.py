@@ -36,7 +36,7 @@ def _this_model(settings: Settings) -> dict[str, str]:
 
 
 def check_ranks_agree() -> None:
-    """Compare config, gate layout, window and versions over all ranks; collective among them.
+    """Compare the model and the versions over all ranks; collective among them.
 
     It goes through the store that torch.distributed was initialised with, not through a collective:
     a rank on which the package is not active would not come to one, and is named here.
@@ -50,6 +50,8 @@ def check_ranks_agree() -> None:
         return
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     own = _this_model(settings) | {
+        # Of the run only: any checkpoint can be loaded with either.
+        "padded logits": settings.padded_logits,
         "step35_patch": __version__,
         "Megatron-Core": str(megatron_version()),
         "torch": torch.__version__,

@@ -158,8 +158,8 @@ def _parallel_size_problems(args: Any, config: Step35Config) -> list[str]:
     if args.padded_vocab_size is not None and args.padded_vocab_size % tp:
         problems.append(
             f"--padded-vocab-size: expected a multiple of --tensor-model-parallel-size {tp}, found "
-            f"{args.padded_vocab_size}; the config's vocab_size is {config.vocab_size}, a larger "
-            "padded size is fine"
+            f"{args.padded_vocab_size}; the config's vocab_size is {config.vocab_size}, and a "
+            "larger padded size is the same model while --step35-padded-logits is masked"
         )
     if ep > 1 and (not config.use_moe or config.moe_num_experts % ep):
         problems.append(

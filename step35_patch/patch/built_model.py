@@ -69,7 +69,7 @@ def _layer_problems(layer: Step35DecoderLayer) -> list[str]:
     return problems
 
 
-def announce(runtime: Step35Runtime, config: TransformerConfig) -> None:
+def announce(runtime: Step35Runtime, config: TransformerConfig, vocab_size: int) -> None:
     """Print, on rank 0, what is being built, and in a second line what is not as published.
 
     Once for a model of several chunks.
@@ -77,8 +77,11 @@ def announce(runtime: Step35Runtime, config: TransformerConfig) -> None:
     Args:
         runtime: the Step-3.5 model.
         config: the TransformerConfig that it is built with.
+        vocab_size: of the embedding and the output layer, with what pads them.
     """
     changed = differences(config)
+    if vocab_size > runtime.config.vocab_size and runtime.padded_logits == "kept":
+        changed.append("padded_logits='kept' (published: 'masked'; losses of a larger vocabulary)")
     built, published = config.mtp_num_layers or 0, runtime.config.num_nextn_predict_layers
     if built < published:
         changed.append(
@@ -87,6 +90,8 @@ def announce(runtime: Step35Runtime, config: TransformerConfig) -> None:
     notes = []
     if runtime.config.use_moe and config.moe_router_bias_update_rate == 0:
         notes.append("router bias fixed")
+    if padded := vocab_size - runtime.config.vocab_size:
+        notes.append(f"{padded} padded columns {runtime.padded_logits}")
     _print_once(runtime, tuple(notes), tuple(changed))
 
 

@@ -22,6 +22,7 @@ from step35_patch import settings as process
 from step35_patch.costs import megatron_reports as reports
 from step35_patch.model import mtp
 from step35_patch.model.description import Step35Runtime, check, from_settings, runtime_for
+from step35_patch.model.padded_vocabulary import mask_padded_columns
 from step35_patch.model.specs import decoder_layer_spec, mtp_layer_spec, step35_norm
 from step35_patch.patch.agreement import check_checkpoint, check_mtp_layers, check_ranks_agree
 from step35_patch.patch.built_model import announce, check_model
@@ -97,7 +98,8 @@ def get_gpt_mtp_block_spec_for_backend(
 def gpt_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
     """GPTModel.__init__: what it builds is a Step-3.5 model, which is then checked.
 
-    Specs of whatever origin become Step-3.5's, and the MTP layers get their output matrices.
+    Specs of whatever origin become Step-3.5's, the MTP layers get their output matrices, and
+    columns that only pad the vocabulary are masked.
     """
     call = _bind(wrapped, args, kwargs)
     runtime = runtime_for(call["config"])
@@ -113,8 +115,9 @@ def gpt_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) 
     instance.step35 = runtime
     if instance.post_process and instance.config.mtp_num_layers:
         mtp.add_output_layers(instance)
+    mask_padded_columns(instance, runtime)
     check_model(instance, runtime)
-    announce(runtime, instance.config)
+    announce(runtime, instance.config, instance.vocab_size)
 
 
 def _layer_specs(call: dict[str, Any], runtime: Step35Runtime) -> Any:

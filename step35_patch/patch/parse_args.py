@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         choices=process.WINDOWS,
         help="a sliding layer's query sees W keys, or W + 1 (STEP35_WINDOW; hf)",
     )
+    group.add_argument(
+        "--step35-padded-logits",
+        choices=process.PADDED_LOGITS,
+        help="the logits' columns that only pad the vocabulary: left out of the softmax, or kept "
+        "in it as Megatron-Core does (STEP35_PADDED_LOGITS; masked)",
+    )
     return parser
 
 
@@ -65,8 +71,8 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
 
     Returns:
         The parsed arguments. With a config they have the model's shape, and also
-        `step35_fingerprint`, `step35_gate_layout` and `step35_window`, which Megatron saves with
-        each checkpoint.
+        `step35_fingerprint`, `step35_gate_layout`, `step35_window` and `step35_padded_logits`,
+        which Megatron saves with each checkpoint.
 
     Raises:
         Step35ConfigError: the config is not usable.
@@ -97,6 +103,7 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
     args.step35_fingerprint = settings.config.fingerprint
     args.step35_gate_layout = settings.gate_layout
     args.step35_window = settings.window
+    args.step35_padded_logits = settings.padded_logits
     return args
 
 
@@ -124,7 +131,8 @@ def _activate(args: Any) -> None:
     path: str | None = getattr(args, "step35_config", None)
     gate_layout: str | None = getattr(args, "step35_gate_layout", None)
     window: str | None = getattr(args, "step35_window", None)
-    if path is None and gate_layout is None and window is None:
+    padded_logits: str | None = getattr(args, "step35_padded_logits", None)
+    if all(given is None for given in (path, gate_layout, window, padded_logits)):
         return
     settings = process.active()
     if settings is not None:
@@ -135,14 +143,15 @@ def _activate(args: Any) -> None:
             known if path is None else path,
             gate_layout or settings.gate_layout,
             window or settings.window,
+            padded_logits or settings.padded_logits,
         )
     elif path is not None:
-        process.ask_for(path, gate_layout, window)
+        process.ask_for(path, gate_layout, window, padded_logits)
     else:
         raise Step35ArgumentError(
             "none",
             [
-                "--step35-gate-layout and --step35-window: expected a config with them, found "
-                "none; give --step35-config or STEP35_CONFIG"
+                "--step35-gate-layout, --step35-window and --step35-padded-logits: expected a "
+                "config with them, found none; give --step35-config or STEP35_CONFIG"
             ],
         )

@@ -40,6 +40,7 @@ class Status:
         config: Path of the config, "<object>" for one that was handed over, or None.
         gate_layout: "headwise" or "expanded".
         window: "hf" or "steptron".
+        padded_logits: "masked" or "kept".
         targets: What is wrapped, or will be.
     """
 
@@ -50,6 +51,7 @@ class Status:
     config: str | None
     gate_layout: str
     window: str
+    padded_logits: str
     targets: tuple[TargetStatus, ...]
 
     def __str__(self) -> str:
@@ -60,7 +62,7 @@ class Status:
         if self.state == "active":
             lines.append(
                 f"active: config {self.config}, gate layout {self.gate_layout}, "
-                f"window {self.window}"
+                f"window {self.window}, padded logits {self.padded_logits}"
             )
         else:
             lines.append({"inert": "inert: no config is given", "off": "off"}[self.state])

@@ -77,6 +77,7 @@ SET_LATER = {
     "vocab_size": 128,
     "gate_layout": "expanded",
     "window": "steptron",
+    "padded_logits": "kept",
     "softmax_scale": 0.5,
     "moe_router_num_groups": 2,
     "hidden_dropout": 0.1,
@@ -171,6 +172,8 @@ def test_provider_refuses_what_contradicts_its_config(published):
         Step35ModelProvider.from_hf(published[2], layer_types=["full_attention"] * 8)
     with pytest.raises(ValueError, match="gate_layout"):
         Step35ModelProvider.from_hf(published[2], gate_layout="sideways")
+    with pytest.raises(ValueError, match="padded_logits: expected 'masked' or 'kept', found 'no'"):
+        Step35ModelProvider.from_hf(published[2], padded_logits="no")
 
 
 @pytest.mark.parametrize("options", [{}, {"moe_router_bias_update_rate": 1e-3}])

@@ -54,6 +54,7 @@ else:
         ("STEP35_ALLOW_UNTESTED", "true", "'0' or '1'"),
         ("STEP35_GATE_LAYOUT", "head-wise", "'headwise' or 'expanded'"),
         ("STEP35_WINDOW", "513", "'hf' or 'steptron'"),
+        ("STEP35_PADDED_LOGITS", "no", "'masked' or 'kept'"),
         ("STEP35_CONFIG", "/no/such/config.json", "which does not exist"),
     ],
 )

@@ -217,6 +217,7 @@ def test_model_arguments_that_make_another_model_are_errors(active, option, foun
         {"rotary_interleaved": True},
         {"activation_func_clamp_value": 7.0},
         {"no_rope_freq": [0, 0, 0, 1, 0, 0]},
+        {"cross_entropy_fusion_impl": "linear"},
     ],
 )
 def test_options_that_bypass_the_layer_are_errors(active, option):

@@ -85,15 +85,19 @@ def test_without_a_config_nothing_is_changed(parse):
 def test_arguments_win_over_variables(parse, monkeypatch, tmp_path):
     monkeypatch.setenv("STEP35_WINDOW", "hf")
     monkeypatch.setenv("STEP35_GATE_LAYOUT", "headwise")
+    monkeypatch.setenv("STEP35_PADDED_LOGITS", "masked")
     (tmp_path / "other.json").write_text(json.dumps(tiny_config(intermediate_size=80)))
     monkeypatch.setenv("STEP35_CONFIG", str(tmp_path / "other.json"))
     args = parse(
-        *("--step35-window", "steptron", "--step35-gate-layout", "expanded"), config=tiny_config()
+        *("--step35-window", "steptron", "--step35-gate-layout", "expanded"),
+        *("--step35-padded-logits", "kept"),
+        config=tiny_config(),
     )
     assert args.ffn_hidden_size == 48
-    assert (args.step35_window, args.step35_gate_layout) == ("steptron", "expanded")
+    choices = (args.step35_window, args.step35_gate_layout, args.step35_padded_logits)
+    assert choices == ("steptron", "expanded", "kept")
     status = step35_patch.status()
-    assert (status.window, status.gate_layout) == ("steptron", "expanded")
+    assert (status.window, status.gate_layout, status.padded_logits) == choices
 
 
 def test_what_says_the_same_is_no_conflict(parse):
@@ -168,7 +172,10 @@ def test_all_problems_come_in_one_error(parse):
             "--sft --context-parallel-size 2 --transformer-impl local",
             "--sft: expected none with --context-parallel-size 2",
         ),
-        ("--padded-vocab-size 97 --tensor-model-parallel-size 2", "--padded-vocab-size: .* of"),
+        (
+            "--padded-vocab-size 97 --tensor-model-parallel-size 2",
+            "--padded-vocab-size: .* of .* while --step35-padded-logits is masked",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(parse, words, message):
@@ -244,8 +251,8 @@ def test_broken_config_is_told_before_anything_else(parse):
 
 def test_help_has_the_arguments():
     text = add_arguments(argparse.ArgumentParser()).format_help()
-    for option in ("--step35-config PATH", "--step35-gate-layout", "--step35-window"):
-        assert option in text
+    for option in ("config PATH", "gate-layout", "window", "padded-logits {masked,kept}"):
+        assert f"--step35-{option}" in text
 
 
 def test_parsed_arguments_pass_the_config_hook(parse):

@@ -173,6 +173,17 @@ def test_training_without_mtp_layers(start, train, tmp_path):
         train(start.config, *arguments(2), *words)
 
 
+def test_padded_vocabulary_trains_alike(start, train):
+    """Losses and gradient norms of the unpadded model; the last rank has most of the padding."""
+    processes, layout = LAYOUTS["tp2"]
+    padding = ["--padded-vocab-size", "410"]
+    output = train(
+        start.config, *arguments(4), *start.load(), *layout.split(), *padding, processes=processes
+    )
+    assert "154 padded columns masked" in output
+    assert_same_training(iterations(output), {n: start.expected[n] for n in range(1, 5)})
+
+
 def test_expanded_gate_is_saved_and_resharded(start, train, tmp_path):
     saved = tmp_path / "expanded"
     expanded = ["--step35-gate-layout", "expanded"]
@@ -207,11 +218,15 @@ def test_ranks_that_build_different_models_are_named(start, tmp_path):
         "import os, runpy, sys\n"
         "if os.environ['RANK'] == '1':\n"
         "    os.environ['STEP35_WINDOW'] = 'steptron'\n"
+        "    os.environ['STEP35_PADDED_LOGITS'] = 'kept'\n"
         f"sys.argv[0] = {str(layout_runs.SCRIPT)!r}\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     pp2 = LAYOUTS["pp2"][1].split()
-    with pytest.raises(
-        RuntimeError, match="window: hf on rank\\(s\\) 0, steptron on rank\\(s\\) 1"
-    ):
+    with pytest.raises(RuntimeError) as error:
         run(start.config, *arguments(2), *pp2, processes=2, script=script)
+    for line in (
+        "window: hf on rank(s) 0, steptron on rank(s) 1",
+        "padded logits: masked on rank(s) 0, kept on rank(s) 1",
+    ):
+        assert line in str(error.value)
