@@ -31,6 +31,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
 )
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import arguments, get_args, pretrain, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
@@ -131,6 +132,12 @@ def forward_step(data_iterator, model):
     return losses, partial(loss_func, batch["loss_mask"])
 
 
+def embedding_ranks(pp_ranks, *_):
+    """Of a pipeline's ranks those with the embedding: the first, and wherever MTP layers are."""
+    config = core_transformer_config_from_args(get_args())
+    return sorted({pp_ranks[0], *get_mtp_ranks(pp_ranks, config)})
+
+
 def main():
     if not (Path(dataset_utils.__file__).parent / "Makefile").exists():
         # Megatron-Core from a wheel has its dataset helper compiled, and nothing to make it from.
@@ -148,6 +155,7 @@ def main():
         model_provider=model_provider,
         model_type=ModelType.encoder_or_decoder,
         forward_step_func=forward_step,
+        get_embedding_ranks=embedding_ranks,
     )
 
 

@@ -57,7 +57,7 @@ _NAMES = {
     """,
     "kernel: which code computes the same": """
         apply_rope_fusion attention_backend batch_invariant_mode bias_activation_fusion
-        bias_dropout_fusion bias_swiglu_fusion cross_entropy_loss_fusion
+        bias_dropout_fusion bias_swiglu_fusion
         deterministic_mode disable_bf16_reduced_precision_matmul enable_experimental
         flash_attention_version fused_residual_rmsnorm masked_softmax_fusion moe_grouped_gemm
         moe_permute_fusion moe_permute_fusion_into_hybridep moe_router_fusion
@@ -140,7 +140,7 @@ _NAMES = {
         inference_sampling_seed moe_pad_experts_for_cuda_graph_inference
     """,
     "nothing in Megatron-Core reads it": "moe_token_dropping",
-    "RoPE is relative: positions do not change what documents apart see": "reset_position_ids",
+    "RoPE is relative; refused where it does nothing": "reset_position_ids",
     "another name of --position-embedding-type": "use_rotary_position_embeddings",
     "of other models: nothing that a Step-3.5 model is built of reads it": """
         add_position_embedding bert_binary_head bias_gelu_fusion cache_mla_latents

@@ -151,6 +151,29 @@ def rank_parameters(runtime: Step35Runtime, args: Any) -> list[Parameters]:
     return [_parameters(runtime, args, stage, **parallel) for stage in _stages(_core_config(args))]
 
 
+class _WithoutMtp(list[int]):
+    """A `moe_layer_freq` to whose sum the number of MTP layers can be added."""
+
+
+def leave_mtp_layers_out(call: dict[str, Any]) -> None:
+    """Change the arguments of Megatron's report on MoE layers so that MTP layers count as dense.
+
+    It divides what all layers have summed up by the sum of `moe_layer_freq` and `mtp_num_layers`.
+    The second is also the size of what the ranks exchange, and stays. A second call for the same
+    arguments changes nothing.
+
+    Args:
+        call: the arguments by name.
+    """
+    frequency, mtp_layers = call.get("moe_layer_freq"), call.get("mtp_num_layers")
+    if isinstance(frequency, _WithoutMtp) or not mtp_layers:
+        return
+    if isinstance(frequency, int):
+        frequency = [int(layer % frequency == 0) for layer in range(call["num_layers"])]
+    if frequency is not None:
+        call["moe_layer_freq"] = _WithoutMtp([*frequency, -mtp_layers])
+
+
 def compute_weight_and_optimizer_memory(
     runtime: Step35Runtime, args: Any, verbose: bool = False
 ) -> float:

@@ -36,6 +36,16 @@ def check_options(config: TransformerConfig) -> None:
         f"{name}: expected {expected}, found {found!r}"
         for name, expected, found in without_effect(config)
     ]
+    if (
+        config.virtual_pipeline_model_parallel_size is not None
+        and config.pipeline_model_parallel_size == 2
+        and not config.overlap_p2p_comm
+    ):
+        lines.append(
+            "overlap_p2p_comm: expected True (and batch_p2p_comm=False) with a virtual pipeline of "
+            "2 stages, found False; a batch of sends and receives between the same 2 ranks mixes "
+            "them up. pretrain_gpt.py's arguments set both"
+        )
     groups = config.num_query_groups
     if groups % config.tensor_model_parallel_size:
         lines.append(

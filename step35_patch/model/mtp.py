@@ -8,15 +8,21 @@ layer, and `process_mtp_loss` is handed a callable that takes the right one in t
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.multi_token_prediction import roll_tensor
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionLayer,
+    get_mtp_ranks,
+    roll_tensor,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -108,11 +114,16 @@ class ShareOfTheTokens:
     one rank, so that its other tokens would count more. Each rank's loss of depth k is weighted
     by its share of the tokens here, which makes it the mean over all of them.
 
+    With calculate_per_token_loss the gradients of all ranks are summed instead, and divided by the
+    number of all tokens that the main loss counts, N. What is summed must then be N times that
+    mean: the gradients are weighted so, the losses, which are logged, as before.
+
     Args:
         loss: Megatron-Core's function: (labels [b, s], logits) -> losses [b, s].
         loss_mask: [b, s], this rank's part of the sequences, before any token is left out.
         packed_seq_params: as the model got them.
         group: the context-parallel group.
+        per_token: whether gradients are summed, as above.
     """
 
     def __init__(
@@ -121,9 +132,18 @@ class ShareOfTheTokens:
         loss_mask: Tensor,
         packed_seq_params: PackedSeqParams | None,
         group: ProcessGroup,
+        *,
+        per_token: bool,
     ):
         self._loss, self._mask = loss, loss_mask
         self._packed_seq_params, self._group = packed_seq_params, group
+        self._main_tokens = self._over_all(loss_mask.sum()) if per_token else None
+
+    def _over_all(self, own: Tensor) -> Tensor:
+        """The sum over the group's ranks, fp32."""
+        total = own.float().clone()
+        torch.distributed.all_reduce(total, group=self._group)
+        return total
 
     def __call__(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels: [b, s]; logits: as Megatron-Core's loss takes them; returns losses [b, s]."""
@@ -134,24 +154,117 @@ class ShareOfTheTokens:
             cp_group=self._group,
             packed_seq_params=self._packed_seq_params,
         )
-        own_tokens: Tensor = own.float()
-        total = own_tokens.clone()
-        torch.distributed.all_reduce(total, group=self._group)
-        return self._loss(labels, logits) * (own_tokens * self._group.size() / total.clamp(min=1))
+        share = own.float() / self._over_all(own).clamp(min=1)
+        losses = self._loss(labels, logits)
+        logged: Tensor = losses * (share * self._group.size())
+        if self._main_tokens is None:
+            return logged
+        # The values of one, the gradients of the other.
+        summed = losses * (share * self._main_tokens)
+        return torch.add(logged.detach(), summed - summed.detach())
 
 
 def share_of_the_tokens(call: dict[str, Any]) -> None:
     """Weight the losses of a process_mtp_loss call, given by its arguments, as above."""
-    group, labels = call.get("cp_group"), call["labels"]
-    if group is None or group.size() == 1 or labels is None:
+    group, labels, mask = call.get("cp_group"), call["labels"], call.get("loss_mask")
+    if group is None or group.size() == 1:
         return
-    mask = call.get("loss_mask")
+    tokens = call.get("input_ids") if labels is None else labels
+    if tokens is None:
+        return  # no losses are computed
+    mask = torch.ones_like(tokens) if mask is None else mask
+    packed_seq_params = call.get("packed_seq_params")
+    if labels is None:  # made from the tokens: of one token fewer
+        mask, _ = roll_tensor(
+            mask, shifts=-1, dims=-1, cp_group=group, packed_seq_params=packed_seq_params
+        )
+    per_token = call["config"].calculate_per_token_loss
     call["compute_language_model_loss"] = ShareOfTheTokens(
-        call["compute_language_model_loss"],
-        torch.ones_like(labels) if mask is None else mask,
-        call.get("packed_seq_params"),
-        group,
+        call["compute_language_model_loss"], mask, packed_seq_params, group, per_token=per_token
     )
+    if per_token:
+        # Megatron-Core would weight by what each rank has of both numbers of tokens, and could not
+        # where a rank has none that the main loss counts.
+        call["config"] = copy.copy(call["config"])
+        call["config"].calculate_per_token_loss = False
+
+
+def by_slots(packed_seq_params: PackedSeqParams | None) -> PackedSeqParams | None:
+    """What tokens are rolled by: documents with the padding behind them, as they lie.
+
+    Megatron-Core rolls at `cu_seqlens_q`, which of documents in padded slots are no places in the
+    batch. The tokens behind a document are padding, which a loss mask leaves out.
+    """
+    if packed_seq_params is None or packed_seq_params.cu_seqlens_q_padded is None:
+        return packed_seq_params
+    slots = copy.copy(packed_seq_params)
+    slots.cu_seqlens_q = packed_seq_params.cu_seqlens_q_padded
+    return slots
+
+
+class Step35MultiTokenPredictionLayer(MultiTokenPredictionLayer):
+    """Megatron-Core's MTP layer, whose tokens are rolled within their padded slots."""
+
+    def _get_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        roll = super()._get_embeddings
+        call = inspect.signature(roll).bind(*args, **kwargs).arguments
+        call["packed_seq_params"] = by_slots(call.get("packed_seq_params"))
+        return roll(**call)
+
+
+def embedding_ranks(pp_ranks: list[int], config: TransformerConfig) -> list[int]:
+    """The ranks with a copy of the embedding: the first stage's, and those with MTP layers.
+
+    Their copies' gradients are summed, over the group that `initialize_model_parallel` makes of
+    what its `get_embedding_ranks` returns. Megatron-Core's default for it is the first and the
+    last stage, wherever the MTP layers are.
+
+    Args:
+        pp_ranks: a pipeline's ranks, by stage.
+        config: of the model.
+    """
+    return sorted({pp_ranks[0], *get_mtp_ranks(pp_ranks, config)})
+
+
+def check_embedding_group(model: ModelWithOutputLayer) -> None:
+    """Raise RuntimeError if this rank's gradients of the embedding would be summed with others.
+
+    A last stage without MTP layers would add its output matrix's gradient, of the same shape; a
+    stage between with MTP layers would train a copy of its own.
+
+    Args:
+        model: a GPTModel on any pipeline stage.
+    """
+    config = model.config
+    pp_ranks = torch.distributed.get_process_group_ranks(model.pg_collection.pp)
+    if len(pp_ranks) == 1 or not config.mtp_num_layers:
+        return
+    rank, expected = torch.distributed.get_rank(), embedding_ranks(pp_ranks, config)
+    group = parallel_state.get_embedding_group(check_initialized=False)
+    is_member = isinstance(group, ProcessGroup)
+    found = torch.distributed.get_process_group_ranks(group) if is_member else []
+    wanted = expected if rank in expected else []
+    # Alone, a rank needs no group.
+    if sorted(found) != wanted and max(len(found), len(wanted)) > 1:
+        raise RuntimeError(
+            f"rank {rank}: the embedding's gradients are summed over rank(s) {found or 'none'}, "
+            f"and its copies are on {expected}: MTP layers are not on the last stage alone. Call "
+            "parallel_state.initialize_model_parallel(..., get_embedding_ranks="
+            "provider.embedding_ranks), or hand pretrain() a get_embedding_ranks as "
+            "pretrain_gpt.py does"
+        )
+
+
+def mark_embedding(model: Any) -> None:
+    """Mark a stage's copy of the embedding as one, for optimizers: 0.17 marks the first stage's.
+
+    Else the copies drift apart under a learning rate or an optimizer of the embedding's own.
+
+    Args:
+        model: a GPTModel on any pipeline stage.
+    """
+    if hasattr(model, "embedding"):
+        model.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
 
 
 def add_output_layers(model: ModelWithOutputLayer) -> None:

@@ -50,6 +50,11 @@ NAMED_OPTIONS: tuple[NamedOption, ...] = (
     NamedOption("moe_router_force_load_balancing", (False,), _RANDOM_EXPERTS),
     NamedOption("moe_router_force_biased", (None,), _RANDOM_EXPERTS),
     NamedOption("moe_enable_routing_replay", (False,), "experts can be those of another run"),
+    NamedOption(
+        "cross_entropy_loss_fusion",
+        (False,),
+        "with --cross-entropy-fusion-impl native, the logits' gradients are rounded to bf16",
+    ),
     NamedOption("fp16", (False,), "the published weights are bf16"),
     NamedOption("enable_autocast", (False,), _PRECISION),
     NamedOption("fp8", (None,), _PRECISION),

@@ -23,6 +23,7 @@ from step35_patch.model.megatron_fields import (
     model_fields,
     provider_fields,
 )
+from step35_patch.model.mtp import embedding_ranks
 from step35_patch.settings import GateLayout, PaddedLogits
 
 
@@ -250,6 +251,18 @@ class Step35ModelProvider(TransformerConfig):
             mtp_block_spec=mtp_spec,
             vp_stage=vp_stage,
         )
+
+    def embedding_ranks(self, pp_ranks: list[int], *_: Any) -> list[int]:
+        """What `initialize_model_parallel` takes as its `get_embedding_ranks`.
+
+        It is needed where MTP layers are not on the last stage alone
+        (`pipeline_model_parallel_layout`), and right everywhere.
+
+        Args:
+            pp_ranks: a pipeline's ranks, by stage. What further arguments Megatron-Core may pass
+                is not needed.
+        """
+        return embedding_ranks(pp_ranks, self)
 
     def _padded_vocab_size(self) -> int:
         """vocab_size, rounded up to a multiple of the tensor-parallel size."""

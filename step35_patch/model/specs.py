@@ -23,6 +23,7 @@ from step35_patch.model.attention import Step35SelfAttention, build_headwise_qkv
 from step35_patch.model.core_attention import Step35DotProductAttention
 from step35_patch.model.description import Step35Runtime
 from step35_patch.model.layer import Step35DecoderLayer
+from step35_patch.model.mtp import Step35MultiTokenPredictionLayer
 from step35_patch.model.norm import Step35RMSNorm
 from step35_patch.model.swiglu import ClampedSwiGLU, routed_swiglu, shared_swiglu
 
@@ -138,7 +139,7 @@ def decoder_layer_spec(spec: ModuleSpec, runtime: Step35Runtime) -> ModuleSpec:
 
 
 def mtp_layer_spec(spec: ModuleSpec, inner: ModuleSpec) -> ModuleSpec:
-    """The Step-3.5 MTP layer spec: a stock one with zero-centred norms and `inner` as its layer."""
+    """The Step-3.5 MTP layer spec: a stock one with zero-centred norms, `inner` as its layer."""
     if spec.module is not MultiTokenPredictionLayer:
         raise TypeError(
             f"MTP spec: expected Megatron-Core's MultiTokenPredictionLayer, found {spec.module!r}"
@@ -146,6 +147,7 @@ def mtp_layer_spec(spec: ModuleSpec, inner: ModuleSpec) -> ModuleSpec:
     parts = spec.submodules
     return dataclasses.replace(
         spec,
+        module=Step35MultiTokenPredictionLayer,
         submodules=dataclasses.replace(
             parts,
             enorm=step35_norm(parts.enorm),

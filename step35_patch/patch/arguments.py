@@ -138,9 +138,11 @@ def _attention_mask_problems(args: Any) -> list[str]:
                 "--reset-attention-mask: expected none without a mask from the data loader "
                 f"(--sft, --no-create-attention-mask-in-dataloader); leave one out, or use {packed}"
             )
-    if args.sft and args.reset_position_ids:
+    if args.reset_position_ids and (args.sft or not args.reset_attention_mask):
         problems.append(
-            "--reset-position-ids: expected none with --sft, which does it; leave it out"
+            "--reset-position-ids: expected none with --sft, which does it, and without "
+            "--reset-attention-mask, where RoPE, which is relative, makes nothing of it; leave it "
+            "out"
         )
     return problems
 
@@ -183,6 +185,13 @@ def _context_parallel_problems(args: Any, config: Step35Config) -> list[str]:
             f"{packing[0]}: expected none with --context-parallel-size {cp} and "
             "--transformer-impl local, on which packed sequences are not cut; use "
             "--context-parallel-size 1 or --transformer-impl transformer_engine"
+        )
+    elif args.transformer_impl == "local" and args.reset_attention_mask:
+        problems.append(
+            f"--reset-attention-mask: expected none with --context-parallel-size {cp} and "
+            "--transformer-impl local, on which a mask is not cut; use --context-parallel-size 1, "
+            "or --transformer-impl transformer_engine with packed documents (--sft, 0.19's "
+            "--dataloader-inter-document-masking)"
         )
     elif args.transformer_impl == "local" and args.create_attention_mask_in_dataloader:
         problems.append(

@@ -116,6 +116,8 @@ def gpt_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) 
     if instance.post_process and instance.config.mtp_num_layers:
         mtp.add_output_layers(instance)
     mask_padded_columns(instance, runtime)
+    mtp.mark_embedding(instance)
+    mtp.check_embedding_group(instance)
     check_model(instance, runtime)
     announce(runtime, instance.config, instance.vocab_size)
 
@@ -158,12 +160,14 @@ def _check_model_arguments(call: dict[str, Any], runtime: Step35Runtime) -> None
 
 
 def process_mtp_loss(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
-    """The MTP losses, each from its own output matrix."""
+    """The MTP losses, each from its own output matrix, as means over the tokens of all ranks."""
     call = _bind(wrapped, args, kwargs)
     output_layer = call["output_layer"]
     if not mtp.has_output_layers(output_layer) and runtime_for(call["config"]) is None:
         return wrapped(*args, **kwargs)
     call["output_layer"] = mtp.by_depth(output_layer)
+    if "packed_seq_params" in call:
+        call["packed_seq_params"] = mtp.by_slots(call["packed_seq_params"])
     mtp.share_of_the_tokens(call)
     return wrapped(**call)
 
@@ -203,6 +207,16 @@ def num_floating_point_operations(
 ) -> Any:
     """Operations of a batch, from which Megatron prints TFLOP/s."""
     return _reported(wrapped, args, kwargs, reports.num_floating_point_operations)
+
+
+def moe_metrics(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The logged balancing and z losses, as means over the MoE layers."""
+    settings = process.active()
+    if settings is None:
+        return wrapped(*args, **kwargs)
+    call = _bind(wrapped, args, kwargs)
+    reports.leave_mtp_layers_out(call)
+    return wrapped(**call)
 
 
 def compute_weight_and_optimizer_memory(

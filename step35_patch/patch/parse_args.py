@@ -100,6 +100,10 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
     if problems:
         raise Step35ArgumentError(settings.source, problems)
     _warn_from_scratch(args, given)
+    if args.log_params_norm and settings.gate_layout == "expanded":
+        warn(
+            "--log-params-norm counts all rows of the expanded gate, of which each head's are equal"
+        )
     args.step35_fingerprint = settings.config.fingerprint
     args.step35_gate_layout = settings.gate_layout
     args.step35_window = settings.window
@@ -108,12 +112,17 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
 
 
 def _warn_from_scratch(args: Any, given: dict[str, Any]) -> None:
-    """Tell a run without published weights that nothing balances its experts."""
+    """Tell a run without published weights what its experts start from, and what balances them."""
+    if args.num_experts is None or args.load is not None or args.pretrained_checkpoint is not None:
+        return
+    if args.use_cpu_initialization and args.expert_model_parallel_size > 1:
+        warn(
+            "--use-cpu-initialization with --expert-model-parallel-size "
+            f"{args.expert_model_parallel_size}: Megatron-Core starts the experts of all ranks "
+            "alike. Start from a checkpoint, or without --use-cpu-initialization"
+        )
     if (
-        args.num_experts is not None
-        and args.load is None
-        and args.pretrained_checkpoint is None
-        and args.moe_router_bias_update_rate == 0
+        args.moe_router_bias_update_rate == 0
         and args.moe_router_load_balancing_type in ("none", ["none"])
         and "moe_router_bias_update_rate" not in given
     ):

@@ -70,6 +70,15 @@ TARGETS = (
             "compute_activation_memory_without_sp",
         )
     ),
+    # What it logs of the experts' balance: 0.17 by the function, later ones by the class, and the
+    # function calls it.
+    Target("megatron.core.transformer.moe.moe_utils", "track_moe_metrics", "moe_metrics"),
+    Target(
+        "megatron.core.transformer.moe.moe_logging",
+        "MoEMetricsTracker.report",
+        wrapper="moe_metrics",
+        required=False,
+    ),
     Target("megatron.training.initialize", "initialize_megatron", wrapper="initialize_megatron"),
     Target(
         "megatron.training.checkpointing",

@@ -162,10 +162,13 @@ def build_rank(args, rank: int) -> tuple[int, Parameters]:
     from megatron.training.arguments import core_transformer_config_from_args
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    from step35_patch.model.mtp import embedding_ranks
+
     torch.distributed.init_process_group(
         "fake", store=FakeStore(), rank=rank, world_size=args.world_size
     )
     virtual = args.virtual_pipeline_model_parallel_size
+    config = core_transformer_config_from_args(args)
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
@@ -173,9 +176,9 @@ def build_rank(args, rank: int) -> tuple[int, Parameters]:
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         create_gloo_process_groups=False,
+        get_embedding_ranks=lambda pp_ranks, *_: embedding_ranks(pp_ranks, config),
     )
     model_parallel_cuda_manual_seed(1)
-    config = core_transformer_config_from_args(args)
     found = Parameters()
     for vp_stage in [None] if virtual is None else range(virtual):
         how = {"use_transformer_engine": False, "vp_stage": vp_stage}
@@ -401,3 +404,30 @@ if __name__ == "__main__":
         setattr(torch.distributed, name, original)
         setattr(torch.distributed.distributed_c10d, name, original)
     play_all_ranks(Path(sys.argv[1]))
+
+
+def test_logged_balancing_losses_are_means_over_the_moe_layers(tmp_path):
+    """Four of six layers are MoE; the two MTP layers are dense, and Megatron-Core counts them."""
+    from megatron.core.transformer.moe import moe_utils
+    from support.ours import initialize_megatron
+
+    initialize_megatron()
+    name, logged = "load_balancing_loss", {}
+    for layer in (3, 4, 5, 6):
+        moe_utils.save_to_aux_losses_tracker(name, torch.tensor(0.5), layer, num_layers=8)
+    step35_patch.activate(tiny_config())
+    try:
+        moe_utils.track_moe_metrics(
+            loss_scale=1.0,
+            iteration=1,
+            writer=None,
+            total_loss_dict=logged,
+            force_initialize=True,
+            track_names=[name],
+            num_layers=6,
+            moe_layer_freq=[0, 0, 1, 1, 1, 1],
+            mtp_num_layers=2,
+        )
+    finally:
+        step35_patch.activate()
+    assert logged[name].item() == 0.5

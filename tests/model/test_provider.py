@@ -191,6 +191,35 @@ def test_published_router_bias_stays_unless_a_rate_is_given(published, options):
     assert off > 1 if options else off == 0
 
 
+def test_virtual_pipeline_of_two_stages_needs_overlap(published):
+    """Megatron-Core's own arguments refuse it; gradients would be off by a factor of thousand."""
+    stages = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3}
+    stages["pipeline_dtype"] = torch.float32
+    with pytest.raises(ValueError, match=r"overlap_p2p_comm: expected True \(and batch_p2p_comm"):
+        Step35ModelProvider.from_hf(published[2], **stages)
+    Step35ModelProvider.from_hf(published[2], **stages, overlap_p2p_comm=True, batch_p2p_comm=False)
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks"),
+    [
+        ("Ett|tt|tt|mmL", [4, 7]),
+        ("Ett|tttt|mm|L", [4, 6]),
+        ("Ett|tt|tt||mm|||L", [4]),
+    ],
+)
+def test_embedding_ranks_are_where_the_copies_are(published, layout, ranks):
+    chunks = layout.count("|") + 1
+    provider = Step35ModelProvider.from_hf(
+        published[2],
+        pipeline_model_parallel_size=4,
+        virtual_pipeline_model_parallel_size=chunks // 4 if chunks > 4 else None,
+        pipeline_model_parallel_layout=layout,
+        pipeline_dtype=torch.float32,
+    )
+    assert provider.embedding_ranks([4, 5, 6, 7]) == ranks
+
+
 def test_provider_has_the_defaults_of_the_table():
     defaults = Step35ModelProvider.__dataclass_fields__
     rows = [row for row in FIELDS if row.is_default and row.hf is None]

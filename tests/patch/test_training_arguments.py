@@ -167,6 +167,11 @@ def test_all_problems_come_in_one_error(parse):
             "--no-create-attention-mask-in-dataloader",
             "--reset-attention-mask: expected none without a mask",
         ),
+        (
+            "--reset-attention-mask --context-parallel-size 2 --transformer-impl local",
+            "--reset-attention-mask: expected none with --context-parallel-size 2",
+        ),
+        ("--reset-position-ids", "--reset-position-ids: .* without --reset-attention-mask"),
         ("--sft --reset-position-ids", "--reset-position-ids: expected none with --sft"),
         (
             "--sft --context-parallel-size 2 --transformer-impl local",
@@ -220,6 +225,24 @@ def test_router_bias_is_fixed_unless_a_rate_is_given(parse):
         assert args.moe_router_bias_update_rate == 1e-3
         balanced = "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3"
         parse(*balanced.split(), config=tiny_config())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "--use-cpu-initialization --expert-model-parallel-size 2",
+            "starts the experts of all ranks alike",
+        ),
+        (
+            "--load /x --step35-gate-layout expanded --log-params-norm",
+            "counts all rows of the expanded gate",
+        ),
+    ],
+)
+def test_what_misleads_is_said(parse, words, message):
+    with pytest.warns(RuntimeWarning, match=message):
+        parse(*words.split(), config=tiny_config())
 
 
 def test_context_parallelism_is_free_where_there_is_no_window(parse):

@@ -41,6 +41,14 @@ LAYOUTS = {
         2,
         "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*6|mmL",
     ),
+    "mtp layers on the first rank": (
+        2,
+        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettt|ttt|mm|L",
+    ),
+    "mtp layers alone between": (
+        4,
+        "--pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Ett|tttt|mm|L",
+    ),
     "ep2": (2, "--expert-model-parallel-size 2"),
     "cp2": (2, "--context-parallel-size 2"),
     "dp2, distributed optimizer": (2, "--use-distributed-optimizer"),

@@ -7,6 +7,8 @@ from typing import Any
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 VPP, EP = "virtual_pipeline_model_parallel_size", "expert_model_parallel_size"
 CP = "context_parallel_size"
+# As pretrain_gpt.py's arguments set them; a virtual pipeline of two stages needs it.
+OVERLAP = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 
 # Name: (processes, provider's overrides, the layers that each rank must hold or None)
 LAYOUTS: dict[str, tuple[int, dict[str, Any], list[list[int]] | None]] = {
@@ -14,7 +16,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], list[list[int]] | None]] = {
     "expert parallel": (2, {EP: 2}, None),
     "context parallel": (2, {CP: 2}, None),
     "pipeline": (2, {PP: 2}, [[0, 1, 2], [3, 4, 5, 6, 7]]),
-    "virtual pipeline": (2, {PP: 2, VPP: 3}, [[0, 2, 4], [1, 3, 5, 6, 7]]),
+    "virtual pipeline": (2, {PP: 2, VPP: 3, **OVERLAP}, [[0, 2, 4], [1, 3, 5, 6, 7]]),
     "uneven pipeline": (
         2,
         {PP: 2, "num_layers_in_first_pipeline_stage": 5, "num_layers_in_last_pipeline_stage": 1},
