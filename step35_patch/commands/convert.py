@@ -76,6 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave the MTP layers out: config.json has num_nextn_predict_layers 0",
     )
+    to_hf.add_argument(
+        "--accept-changed",
+        nargs="+",
+        metavar="FIELD",
+        default=[],
+        help="fields in which --hf-dir's config.json may differ from the checkpoint's config, such "
+        "as rope_theta; what is written has --hf-dir's",
+    )
     to_hf.set_defaults(run=_to_hf)
     for command in (to_megatron, to_hf):
         _add_common(command)
@@ -158,6 +166,7 @@ def _to_hf(options: argparse.Namespace) -> int:
             average_gate=options.average_gate,
             mtp_from=options.mtp_from,
             without_mtp=options.without_mtp,
+            accept_changed=options.accept_changed,
             options=_options(options),
         )
 

@@ -104,12 +104,13 @@ def merge_entries(problems: Iterable[ConfigProblem]) -> tuple[ConfigProblem, ...
         if match and int(match["index"]) not in indices:
             indices.append(int(match["index"]))
     return tuple(
-        replace(problem, field=f"{name}[{_ranges(indices)}]" if indices else name)
+        replace(problem, field=f"{name}[{ranges(indices)}]" if indices else name)
         for (name, problem), indices in merged.items()
     )
 
 
-def _ranges(indices: list[int]) -> str:
+def ranges(indices: Iterable[int]) -> str:
+    """Indices as text, such as `1-3,5`."""
     runs: list[list[int]] = []
     for index in sorted(indices):
         if runs and index == runs[-1][-1] + 1:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from step35_patch.config.comparison import not_acceptable
 from step35_patch.config.model import Step35Config
 from step35_patch.convert import job
 from step35_patch.convert.conversion import (
@@ -40,6 +41,7 @@ def convert_to_hf(
     average_gate: bool = False,
     mtp_from: AnyPath | None = None,
     without_mtp: bool = False,
+    accept_changed: Collection[str] = (),
     options: Options = DEFAULT_OPTIONS,
 ) -> None:
     """Write a Megatron checkpoint in the published layout, for vLLM, SGLang and transformers.
@@ -58,12 +60,15 @@ def convert_to_hf(
             checkpoint lacks (`--mtp-num-layers`).
         without_mtp: leave the MTP layers out, whether the checkpoint has them or not; config.json
             has num_nextn_predict_layers 0.
+        accept_changed: names of fields in which hf_dir's config may differ from the one that the
+            checkpoint was saved with: what is written has hf_dir's.
         options: the rest.
 
     Raises:
         DriftedGateError: rows of an expanded gate differ, and `average_gate` is not set.
         ValueError: MTP layers are missing and neither `mtp_from` nor `without_mtp` is given; or
-            `mtp_from` is given and there is nothing to copy.
+            `mtp_from` is given and there is nothing to copy; or `accept_changed` has a field that
+            decides what the weights are.
         Step35ConfigError, CheckpointError, ConversionError, FileExistsError, OutputBusyError,
             OSError: see `convert_to_megatron`.
     """
@@ -75,6 +80,7 @@ def convert_to_hf(
             average_gate=average_gate,
             mtp_from=None if mtp_from is None else Path(mtp_from),
             without_mtp=without_mtp,
+            accept_changed=accept_changed,
             options=options,
         )
     )
@@ -95,11 +101,16 @@ class ToHf(Conversion[TensorInfo]):
         average_gate: bool,
         mtp_from: Path | None,
         without_mtp: bool,
+        accept_changed: Collection[str],
         options: Options,
     ):
         refuse_nesting([source, hf_dir, *([] if mtp_from is None else [mtp_from])], target)
+        if problems := not_acceptable(accept_changed, "accept_changed"):
+            raise ValueError("\n".join(problems))
         config = Step35Config.from_pretrained(hf_dir)
-        self._checkpoint = MegatronCheckpoint(source, config, average_gate=average_gate)
+        self._checkpoint = MegatronCheckpoint(
+            source, config, average_gate=average_gate, accept_changed=accept_changed
+        )
         self._untrained = _untrained(self._checkpoint, mtp_from, without_mtp)
         if not average_gate:
             self._checkpoint.refuse_drifted_gates()
@@ -134,10 +145,14 @@ class ToHf(Conversion[TensorInfo]):
                 for n, (items, num_bytes) in enumerate(files, 1)
             ],
             block_bytes=2 * largest_run * dtype.itemsize,
-            notice=""
-            if self._checkpoint.folder.has_sums
-            else "the checkpoint was saved without check sums: damage to it would go unnoticed",
+            notice="\n".join(self._notices()),
         )
+
+    def _notices(self) -> Iterator[str]:
+        for line in self._checkpoint.accepted:
+            yield f"accepted: {line}"
+        if not self._checkpoint.folder.has_sums:
+            yield "the checkpoint was saved without check sums: damage to it would go unnoticed"
 
     def _block(self, run: Run, box: Box) -> Tensor:
         if self._untrained is not None and run.name not in self._checkpoint.runs:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from step35_patch.config.comparison import recorded
 from step35_patch.config.model import Step35Config
 from step35_patch.convert import job
 from step35_patch.convert.conversion import (
@@ -221,8 +222,8 @@ class ToMegatron(Conversion[_Part]):
             padded_vocab_size=config.vocab_size,
             tensor_model_parallel_size=1,
             pipeline_model_parallel_size=1,
-            step35_fingerprint=config.fingerprint,
             step35_gate_layout=self._gate_layout,
+            **recorded(config),
         )
         state = {
             "args": args,

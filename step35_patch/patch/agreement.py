@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch.distributed import distributed_c10d
 
 from step35_patch import settings as process
 from step35_patch._version import __version__
+from step35_patch.config.comparison import FINGERPRINT, Here, compare
 from step35_patch.patch.megatron_version import megatron_version
-from step35_patch.patch.notices import warn
+from step35_patch.patch.notices import say, warn
 from step35_patch.settings import Settings
 
 # How long a rank waits for the others to say what they build. They are past the same collectives.
@@ -20,10 +22,14 @@ _PATIENCE = timedelta(seconds=120)
 # What both sides of a comparison must have in common, under the names that
 # `parse_args.parse` gives them on Megatron's args: name, what it is.
 _MODEL = {
-    "step35_fingerprint": "config fingerprint",
+    FINGERPRINT: "config fingerprint",
     "step35_gate_layout": "gate layout",
     "step35_window": "window",
 }
+
+
+# This run's side of a comparison with a checkpoint.
+_HERE = Here("in this run", "--step35-accept-changed")
 
 
 class Step35MismatchError(RuntimeError):
@@ -89,7 +95,7 @@ def check_ranks_agree() -> None:
         )
 
 
-def check_checkpoint(checkpoint_args: Any, name: str) -> None:
+def check_checkpoint(checkpoint_args: Any, name: str, accept: Collection[str] = ()) -> None:
     """Hold the arguments that a Megatron checkpoint carries against this run's model.
 
     Args:
@@ -97,32 +103,38 @@ def check_checkpoint(checkpoint_args: Any, name: str) -> None:
             of another model, or was written by another program. A converted one has no window,
             which is none of the weights'.
         name: the checkpoint's, for messages.
+        accept: names of the config's fields that may differ
+            (`step35_patch.config.comparison.MAY_CHANGE`).
 
     Raises:
-        Step35MismatchError: it is of another config, gate layout or window.
+        Step35MismatchError: it is of another config, gate layout or window, or a field that may
+            differ does not.
     """
     settings = process.active()
     if settings is None:
         return
     found = {key: getattr(checkpoint_args, key, None) for key in _MODEL}
-    if not any(found.values()):
+    if not any(found.values()) and not accept:
         warn(
             f"{name} does not say which Step-3.5 model it is of; only its tensors' names and "
             "shapes are checked"
         )
         return
     wanted = _this_model(settings)
-    if lines := [
-        f"{what}: {found[key]} in the checkpoint, {wanted[key]} in this run"
+    comparison = compare(checkpoint_args, settings.config, accept, _HERE)
+    lines = [*comparison.problems] + [
+        f"{what}: {found[key]} in the checkpoint, {wanted[key]} in this run; set "
+        f"{key.upper()}={found[key]}"
         for key, what in _MODEL.items()
-        if found[key] not in (None, wanted[key])
-    ]:
+        if key != FINGERPRINT and found[key] not in (None, wanted[key])
+    ]
+    if lines:
         raise Step35MismatchError(
-            f"{name} is of another Step-3.5 model:\n  "
+            f"{name} does not go with this run's Step-3.5 model (config: {settings.source}):\n  "
             + "\n  ".join(lines)
-            + f"\nGive this run the config, STEP35_GATE_LAYOUT and STEP35_WINDOW of the "
-            f"checkpoint (this run's config: {settings.source})."
         )
+    if comparison.accepted:
+        say("\n  ".join((f"{name} is of another config, as accepted:", *comparison.accepted)))
 
 
 def check_mtp_layers(checkpoint_args: Any, args: Any, name: str) -> None:

@@ -19,6 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from step35_patch import settings as process
+from step35_patch.config.comparison import ACCEPTED
 from step35_patch.costs import megatron_reports as reports
 from step35_patch.model import mtp
 from step35_patch.model.description import Step35Runtime, check, from_settings, runtime_for
@@ -189,8 +190,9 @@ def load_base_checkpoint(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kw
     result = wrapped(*args, **kwargs)
     state, name = result[0], result[1]
     if state is not None and state.get("args") is not None:
-        check_checkpoint(state["args"], str(name))
-        check_mtp_layers(state["args"], _bind(wrapped, args, kwargs)["args"], str(name))
+        own = _bind(wrapped, args, kwargs)["args"]
+        check_checkpoint(state["args"], str(name), getattr(own, ACCEPTED, None) or ())
+        check_mtp_layers(state["args"], own, str(name))
     return result
 
 

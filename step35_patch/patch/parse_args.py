@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from step35_patch import settings as process
+from step35_patch.config.comparison import ACCEPTED, MAY_CHANGE, not_acceptable, recorded
 from step35_patch.config.model import Step35Config
 from step35_patch.patch.arguments import fill_in, given_on, layout_problems
 from step35_patch.patch.notices import warn
@@ -59,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="the logits' columns that only pad the vocabulary: left out of the softmax, or kept "
         "in it as Megatron-Core does (STEP35_PADDED_LOGITS; masked)",
     )
+    group.add_argument(
+        "--step35-accept-changed",
+        nargs="+",
+        metavar="FIELD",
+        help="fields of the config in which the loaded checkpoint's may differ, of "
+        f"{', '.join(MAY_CHANGE)} (STEP35_ACCEPT_CHANGED, with commas; none)",
+    )
     return parser
 
 
@@ -71,8 +79,8 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
 
     Returns:
         The parsed arguments. With a config they have the model's shape, and also
-        `step35_fingerprint`, `step35_gate_layout`, `step35_window` and `step35_padded_logits`,
-        which Megatron saves with each checkpoint.
+        `step35_fingerprint`, `step35_config_document`, `step35_gate_layout`, `step35_window` and
+        `step35_padded_logits`, which Megatron saves with each checkpoint.
 
     Raises:
         Step35ConfigError: the config is not usable.
@@ -97,6 +105,7 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
         )
     problems = fill_in(args, given, settings.config, parsers[0])
     problems += layout_problems(args, settings.config)
+    problems += _complete_accepted(args)
     if problems:
         raise Step35ArgumentError(settings.source, problems)
     _warn_from_scratch(args, given)
@@ -104,7 +113,7 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
         warn(
             "--log-params-norm counts all rows of the expanded gate, of which each head's are equal"
         )
-    args.step35_fingerprint = settings.config.fingerprint
+    vars(args).update(recorded(settings.config))
     args.step35_gate_layout = settings.gate_layout
     args.step35_window = settings.window
     args.step35_padded_logits = settings.padded_logits
@@ -134,6 +143,19 @@ def _warn_from_scratch(args: Any, given: dict[str, Any]) -> None:
         )
 
 
+def _complete_accepted(args: Any) -> list[str]:
+    """Set which changed fields are accepted, and tell what is wrong with them, a line each."""
+    option = "--step35-accept-changed"
+    if getattr(args, ACCEPTED, None) is None:
+        names = os.environ.get("STEP35_ACCEPT_CHANGED", "").split(",")
+        setattr(args, ACCEPTED, [name.strip() for name in names if name.strip()])
+    accepted: list[str] = getattr(args, ACCEPTED)
+    problems = not_acceptable(accepted, option)
+    if accepted and not (args.load or getattr(args, "pretrained_checkpoint", None)):
+        problems.append(f"{option}: expected a checkpoint with it, found no --load")
+    return problems
+
+
 def _activate(args: Any) -> None:
     """Let the command line win over the variables and over an earlier `activate`."""
     # A --yaml-cfg replaces the parsed arguments by its own, which have none of these.
@@ -141,7 +163,8 @@ def _activate(args: Any) -> None:
     gate_layout: str | None = getattr(args, "step35_gate_layout", None)
     window: str | None = getattr(args, "step35_window", None)
     padded_logits: str | None = getattr(args, "step35_padded_logits", None)
-    if all(given is None for given in (path, gate_layout, window, padded_logits)):
+    accepted: list[str] | None = getattr(args, ACCEPTED, None)
+    if all(given is None for given in (path, gate_layout, window, padded_logits, accepted)):
         return
     settings = process.active()
     if settings is not None:
@@ -160,7 +183,8 @@ def _activate(args: Any) -> None:
         raise Step35ArgumentError(
             "none",
             [
-                "--step35-gate-layout, --step35-window and --step35-padded-logits: expected a "
-                "config with them, found none; give --step35-config or STEP35_CONFIG"
+                "--step35-gate-layout, --step35-window, --step35-padded-logits and "
+                "--step35-accept-changed: expected a config with them, found none; give "
+                "--step35-config or STEP35_CONFIG"
             ],
         )

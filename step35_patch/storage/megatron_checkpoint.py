@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import reprlib
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from step35_patch.config.comparison import Here, compare
 from step35_patch.config.model import Step35Config
 from step35_patch.settings import GATE_LAYOUTS
 from step35_patch.storage.errors import CheckpointError
@@ -29,6 +30,9 @@ from step35_patch.tensors.table import EMBEDDING_KEY
 # Keys of a training checkpoint that hold no weights, and are not read.
 _NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state_machine", "common_state", "opt_param_")
 
+# The folder's side of a comparison with the checkpoint's config.
+_HERE = Here("in the folder's config.json", "convert to-hf --accept-changed")
+
 
 class MegatronCheckpoint:
     """A torch_dist checkpoint of any parallel layout, read by published names.
@@ -40,10 +44,13 @@ class MegatronCheckpoint:
         config: Of its model.
         average_gate: Take the mean of an `expanded` gate's rows of a head where they differ,
             in fp32; they are refused otherwise.
+        accept_changed: Names of fields (`step35_patch.config.comparison.MAY_CHANGE`) in which the
+            config may differ from the checkpoint's own.
 
     Attributes:
         config: Of its model.
         average_gate: Whether the mean of a gate's rows is taken.
+        accepted: The differences that are accepted, a line each.
         folder: The files.
         gate_layout: `"headwise"` or `"expanded"`, found from the shapes.
         dtype: Of all weights but the routers' biases.
@@ -53,7 +60,8 @@ class MegatronCheckpoint:
     Raises:
         CheckpointError: Tensors or files are missing, unexpected, truncated or damaged, tensors
             have another shape or dtype, as far as this shows without reading the weights; or the
-            checkpoint says that it is of another config. All problems are listed.
+            checkpoint says that it is of another config, or of this one where a field was
+            accepted. All problems are listed.
     """
 
     def __init__(
@@ -62,11 +70,13 @@ class MegatronCheckpoint:
         config: Step35Config,
         *,
         average_gate: bool = False,
+        accept_changed: Collection[str] = (),
     ) -> None:
         self.config, self.average_gate = config, average_gate
         self._shapes = {info.name: info.shape for info in published_tensors(config)}
         self.folder = TorchDistFolder(path)
-        problems = self._other_config()
+        comparison = compare(self.folder.common_args(), config, accept_changed, _HERE)
+        problems, self.accepted = [*comparison.problems], comparison.accepted
         self.gate_layout = self._find_gate_layout()
         self.dtype = self._find_dtype(problems)
         tensors = megatron_tensors(config, self.gate_layout)
@@ -80,15 +90,6 @@ class MegatronCheckpoint:
             raise CheckpointError(self.folder.path, problems)
         if problems := self.folder.open(tensor.key for tensor in tensors):
             raise CheckpointError(self.folder.path, problems)
-
-    def _other_config(self) -> list[str]:
-        args = self.folder.common_args()
-        found = getattr(args, "step35_fingerprint", None)
-        if found in (None, self.config.fingerprint):
-            return []
-        if not isinstance(found, str):
-            found = reprlib.repr(found)
-        return [f"config: expected fingerprint {self.config.fingerprint}, found {found}"]
 
     def _find_gate_layout(self) -> str:
         if self.config.use_head_wise_attn_gate:

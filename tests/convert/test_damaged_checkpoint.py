@@ -261,7 +261,7 @@ def _common_state_of_another_model(folder):
 
     state = {"args": Namespace(step35_fingerprint="0123")}
     torch.save(state, folder / RELEASE / "common.pt")
-    return ["config: expected fingerprint", "found 0123"]
+    return ["config fingerprint: 0123 in the checkpoint", "carries no config"]
 
 
 @pytest.mark.parametrize(

@@ -169,8 +169,28 @@ def test_checkpoint_of_another_config_is_refused(case, tmp_path):
     config, weights, hf = case
     convert_to_megatron(hf, tmp_path / "m")
     other = write_hf_folder(tmp_path / "other", config | {"sliding_window": 9}, weights)
-    with pytest.raises(CheckpointError, match="config: expected fingerprint"):
+    with pytest.raises(CheckpointError) as error:
         convert_to_hf(tmp_path / "m", tmp_path / "back", hf_dir=other)
+    [problem] = error.value.problems
+    assert problem.startswith(
+        "sliding_window: 8 in the checkpoint, 9 in the folder's config.json (layers 1-3,5-7); "
+    )
+    assert problem.endswith("convert to-hf --accept-changed sliding_window")
+
+
+def test_changes_of_the_config_are_accepted_by_field(case, tmp_path, capsys):
+    config, weights, hf = case
+    convert_to_megatron(hf, tmp_path / "m")
+    other = write_hf_folder(tmp_path / "other", config | {"sliding_window": 9}, weights)
+    to_hf = ["convert", "to-hf", str(tmp_path / "m"), str(tmp_path / "back"), "--hf-dir"]
+    assert main([*to_hf, str(other), "--accept-changed", "sliding_window", "rope_theta"]) == 1
+    assert "rope_theta: expected a field that differs, found none" in capsys.readouterr().err
+    assert main([*to_hf, str(other), "--accept-changed", "head_dim"]) == 1
+    assert "found head_dim: tensors have other shapes" in capsys.readouterr().err
+    assert main([*to_hf, str(other), "--accept-changed", "sliding_window"]) == 0
+    assert "accepted: sliding_window: 8 in the checkpoint, 9 in" in capsys.readouterr().err
+    assert_same(read(tmp_path / "back"), weights)
+    assert Step35Config.from_pretrained(tmp_path / "back").sliding_window == 9
 
 
 def test_command_line(case, tmp_path, capsys):

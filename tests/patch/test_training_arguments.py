@@ -265,6 +265,8 @@ def test_megatron_pads_the_vocabulary_where_it_is_asked_to(parse):
 def test_own_arguments_need_a_config(parse):
     with pytest.raises(Step35ArgumentError, match="give --step35-config or STEP35_CONFIG"):
         parse("--step35-window", "steptron")
+    with pytest.raises(Step35ArgumentError, match="--step35-accept-changed: expected a config"):
+        parse("--load", "anywhere", "--step35-accept-changed", "rope_theta")
 
 
 def test_broken_config_is_told_before_anything_else(parse):
@@ -295,6 +297,24 @@ def test_parsed_arguments_pass_the_config_hook(parse):
     assert config.hetereogenous_dist_checkpoint
 
 
+@pytest.mark.parametrize("option", [True, False])
+def test_accepted_changes_are_checked_by_name(parse, monkeypatch, option):
+    def accepting(*names: str, more: tuple[str, ...] = ("--load", "anywhere")):
+        if option:
+            return parse("--step35-accept-changed", *names, *more, config=tiny_config())
+        monkeypatch.setenv("STEP35_ACCEPT_CHANGED", ", ".join(names))
+        return parse(*more, config=tiny_config())
+
+    assert accepting("rope_theta", "sliding_window").step35_accept_changed == [
+        "rope_theta",
+        "sliding_window",
+    ]
+    with pytest.raises(Step35ArgumentError, match="found hidden_size: tensors have other shapes"):
+        accepting("rope_theta", "hidden_size")
+    with pytest.raises(Step35ArgumentError, match="expected a checkpoint with it, found no --load"):
+        accepting("rope_theta", more=())
+
+
 def test_checkpoint_of_another_model_is_named(parse):
     args = parse(config=tiny_config())
     check_checkpoint(args, "iter_0000002")
@@ -303,6 +323,13 @@ def test_checkpoint_of_another_model_is_named(parse):
     with pytest.raises(Step35MismatchError) as error:
         check_checkpoint(other, "iter_0000002")
     assert "window: steptron in the checkpoint, hf in this run" in str(error.value)
+    assert "set STEP35_WINDOW=steptron" in str(error.value)
+    assert "config fingerprint" not in str(error.value)  # its config is there, and this one
+    # Saved before checkpoints had their config.
+    del other.step35_config_document
+    with pytest.raises(Step35MismatchError) as error:
+        check_checkpoint(other, "iter_0000002")
     assert f"config fingerprint: {'0' * 64} in the checkpoint" in str(error.value)
+    assert "carries no config that would tell which fields differ" in str(error.value)
     with pytest.warns(RuntimeWarning, match="does not say which Step-3.5 model"):
         check_checkpoint(argparse.Namespace(num_layers=6), "iter_0000002")

@@ -204,11 +204,40 @@ def test_checkpoint_of_another_model_is_refused(start, train, tmp_path):
     changed.write_text(json.dumps(document | {"swiglu_limits": None}))
     for config, more, message in (
         (start.config, ["--step35-window", "steptron"], "window: hf in the checkpoint, steptron"),
-        (changed, [], "config fingerprint: "),
+        (
+            changed,
+            [],
+            r"swiglu_limits: 0.3 in the checkpoint, null in this run \(layers 3\); .*"
+            "--step35-accept-changed swiglu_limits",
+        ),
         (start.config, ["--step35-gate-layout", "expanded"], "gate layout: headwise in the"),
+        (
+            start.config,
+            ["--step35-accept-changed", "rope_theta"],
+            "rope_theta: expected a field that differs, found none",
+        ),
     ):
         with pytest.raises(RuntimeError, match=message):
             train(config, *arguments(2), *start.load(), *more)
+
+
+@every_version
+def test_checkpoint_of_another_config_is_accepted_by_field(start, train, tmp_path):
+    """And the run that it started goes on from its own checkpoint, with the same arguments."""
+    changed, saved = tmp_path / "config.json", tmp_path / "saved"
+    document = json.loads(start.config.read_text())
+    changed.write_text(json.dumps(document | {"rope_theta": 1000.0}))
+    save = ["--save", str(saved), "--save-interval", "2"]
+    accept = ["--step35-accept-changed", "rope_theta"]
+    output = train(changed, *arguments(2), *start.load(), *save, *accept)
+    assert "is of another config, as accepted:" in output
+    assert "rope_theta: 50.0 in the checkpoint, 1000.0 in this run (layers 0,4)" in output
+    resume = ["--load", str(saved), "--exit-on-missing-checkpoint"]
+    resume += ["--override-opt_param-scheduler"]  # for more iterations
+    assert sorted(iterations(train(changed, *arguments(4), *resume, *accept))) == [3, 4]
+    # What is saved is of the changed config.
+    with pytest.raises(RuntimeError, match=r"rope_theta: 1000\.0 in the checkpoint, 50\.0 in"):
+        train(start.config, *arguments(4), *resume)
 
 
 def test_ranks_that_build_different_models_are_named(start, tmp_path):
