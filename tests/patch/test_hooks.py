@@ -288,6 +288,13 @@ def test_one_more_line_says_what_is_not_as_published(active, capsys):
     assert line.count("(published: ") == 7
 
 
+def test_copy_of_the_embedding_is_marked_as_one(active):
+    """Of a stage with MTP layers; 0.17.1 marks the first stage's only, and optimizers read it."""
+    options = {"transformer_impl": "local", "use_cpu_initialization": True}
+    model = Step35ModelProvider.from_hf(active[2], **options).provide(pre_process=False)
+    assert model.embedding.word_embeddings.weight.is_embedding_or_output_parameter
+
+
 def test_inference_context_is_refused(active):
     model = build(active[2])
     hidden = torch.zeros(4, 1, 32)
