@@ -20,6 +20,7 @@ from megatron.core.utils import get_pg_rank
 
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.model.description import LayerConfig, Step35Runtime, runtime_for
+from step35_patch.model.mtp import embedding_chunk_problems
 from step35_patch.model.refused_options import Place, refused, without_effect
 
 
@@ -46,6 +47,7 @@ def check_options(config: TransformerConfig) -> None:
             "2 stages, found False; a batch of sends and receives between the same 2 ranks mixes "
             "them up. pretrain_gpt.py's arguments set both"
         )
+    lines += embedding_chunk_problems(config)
     groups = config.num_query_groups
     if groups % config.tensor_model_parallel_size:
         lines.append(

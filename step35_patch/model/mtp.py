@@ -17,6 +17,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionLayer,
@@ -29,6 +30,8 @@ from torch.distributed import ProcessGroup
 
 # The attribute of GPTModel, and so the prefix of the matrices in Megatron checkpoints.
 OUTPUT_LAYERS = "mtp_output_layers"
+# Layers with which a model chunk has the embedding or a copy of it.
+_WITH_EMBEDDING = {LayerType.embedding, LayerType.mtp}
 # Where process_mtp_loss, which sees only the model's output layer, finds them.
 _LINK = "step35_mtp_output_layers"
 
@@ -224,6 +227,31 @@ def embedding_ranks(pp_ranks: list[int], config: TransformerConfig) -> list[int]
         config: of the model.
     """
     return sorted({pp_ranks[0], *get_mtp_ranks(pp_ranks, config)})
+
+
+def embedding_chunk_problems(config: TransformerConfig) -> list[str]:
+    """A line for each pipeline rank on which Megatron-Core would not find the embedding's copy.
+
+    It sums the gradients of one copy a rank: in the first model chunk of the first rank, and in
+    the last one of the others. A further copy on the same rank would be trained apart.
+
+    Args:
+        config: of a model.
+    """
+    if config.pipeline_model_parallel_layout is None or not config.mtp_num_layers:
+        return []
+    problems = []
+    for rank, chunks in enumerate(config.pipeline_model_parallel_layout.layout):
+        found = [n for n, held in enumerate(chunks) if {*held} & _WITH_EMBEDDING]
+        summed = 0 if rank == 0 else len(chunks) - 1
+        if found not in ([], [summed]):
+            problems.append(
+                "pipeline_model_parallel_layout: expected the embedding and MTP layers of pipeline "
+                f"rank {rank} in its virtual stage {summed} alone, where Megatron-Core sums the "
+                f"gradients of the embedding's copies, found them in {found}; move the MTP layers "
+                "to the last stage, or to another rank's last virtual stage"
+            )
+    return problems
 
 
 def check_embedding_group(model: ModelWithOutputLayer) -> None:

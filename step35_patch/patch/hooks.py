@@ -23,6 +23,7 @@ from step35_patch.config.comparison import ACCEPTED
 from step35_patch.costs import megatron_reports as reports
 from step35_patch.model import mtp
 from step35_patch.model.description import Step35Runtime, check, from_settings, runtime_for
+from step35_patch.model.layer import check_options
 from step35_patch.model.padded_vocabulary import mask_padded_columns
 from step35_patch.model.specs import decoder_layer_spec, mtp_layer_spec, step35_norm
 from step35_patch.patch.agreement import check_checkpoint, check_mtp_layers, check_ranks_agree
@@ -248,6 +249,7 @@ def core_transformer_config_from_args(
     settings = process.active()
     if settings is not None:
         check(config, settings.config, settings.source)
+        check_options(config)
         config.step35 = from_settings(settings)
         # Layers differ in shape: they must not be stacked into one tensor of the checkpoint.
         config.hetereogenous_dist_checkpoint = True

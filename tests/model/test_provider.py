@@ -200,12 +200,26 @@ def test_virtual_pipeline_of_two_stages_needs_overlap(published):
     Step35ModelProvider.from_hf(published[2], **stages, overlap_p2p_comm=True, batch_p2p_comm=False)
 
 
+def test_two_copies_of_the_embedding_on_a_rank_are_refused(published):
+    """The second copy's gradients would be left out of the first one's."""
+    with pytest.raises(ValueError, match=r"pipeline rank 0 in its virtual stage 0 .* in \[0, 1\]"):
+        Step35ModelProvider.from_hf(
+            published[2],
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+            pipeline_model_parallel_layout="Ettt|ttt|mm|L",
+            pipeline_dtype=torch.float32,
+            overlap_p2p_comm=True,
+            batch_p2p_comm=False,
+        )
+
+
 @pytest.mark.parametrize(
     ("layout", "ranks"),
     [
         ("Ett|tt|tt|mmL", [4, 7]),
         ("Ett|tttt|mm|L", [4, 6]),
-        ("Ett|tt|tt||mm|||L", [4]),
+        ("Ett|tt|tt|||mm||L", [4, 5]),
     ],
 )
 def test_embedding_ranks_are_where_the_copies_are(published, layout, ranks):

@@ -41,10 +41,6 @@ LAYOUTS = {
         2,
         "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*6|mmL",
     ),
-    "mtp layers on the first rank": (
-        2,
-        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Ettt|ttt|mm|L",
-    ),
     "mtp layers alone between": (
         4,
         "--pipeline-model-parallel-size 4 --pipeline-model-parallel-layout Ett|tttt|mm|L",
