@@ -8,7 +8,10 @@ changed, and no two layers share a copy.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any, Self
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -17,6 +20,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 from megatron.core.utils import get_pg_rank
+from torch import Tensor
 
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.model.description import LayerConfig, Step35Runtime, runtime_for
@@ -159,3 +163,16 @@ class Step35DecoderLayer(TransformerLayer):
                 f"there, the spec builds {type(self.mlp).__name__}; check moe_layer_freq against "
                 "moe_layers_enum"
             )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As torch's (of `bfloat16`, `to`, ...), but the router's bias stays in fp32.
+
+        Megatron's Float16Module turns it to 16 bits with the rest, and its router back to fp32 in
+        the first forward pass: loaded values would be rounded by then.
+        """
+        router: Any = getattr(self.mlp, "router", None)
+        bias = getattr(router, "expert_bias", None)
+        super()._apply(fn, recurse)
+        if bias is not None and router.expert_bias.dtype in (torch.bfloat16, torch.float16):
+            router.expert_bias = bias.to(router.expert_bias.device)
+        return self
