@@ -17,7 +17,8 @@ from torch import Tensor
 
 from step35_patch.config.model import Step35Config
 from step35_patch.model.description import Step35Runtime
-from step35_patch.model.live_weights import entries_of
+from step35_patch.model.live_weights import entries_of, own_values
+from step35_patch.model.training_state import Optimizer, TrainingState, unwrap
 from step35_patch.storage import hf_description, hf_folder
 from step35_patch.storage.errors import CheckpointError
 from step35_patch.storage.hf_folder import DTYPES, Accepted, HfFolder, ShardWriter
@@ -30,13 +31,15 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 Model = torch.nn.Module | Sequence[torch.nn.Module]
 
 
+def _wrapped_chunks(model: Model) -> Sequence[torch.nn.Module]:
+    return [model] if isinstance(model, torch.nn.Module) else model
+
+
 def _bare_chunks(model: Model) -> list[tuple[Any, Step35Runtime]]:
     """The bare GPTModels of a model or list of model chunks, each with its runtime."""
     chunks = []
-    for wrapped in model if isinstance(model, list | tuple) else [model]:
-        chunk: Any = wrapped
-        while hasattr(chunk, "module"):  # DistributedDataParallel, Float16Module
-            chunk = chunk.module
+    for wrapped in _wrapped_chunks(model):
+        chunk, _ = unwrap(wrapped)
         runtime = getattr(chunk, "step35", None)
         if runtime is None:
             raise ValueError(
@@ -47,14 +50,21 @@ def _bare_chunks(model: Model) -> list[tuple[Any, Step35Runtime]]:
     return chunks
 
 
-def published_tensors_of(model: Model) -> Iterator[tuple[str, Tensor]]:
+def published_tensors_of(
+    model: Model, *, optimizer: Optimizer | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """The model's weights in the published layout, one (name, whole tensor) after the other.
 
-    Collective over the tensor- and expert-parallel groups; each pipeline stage yields its own
-    layers' tensors, the one with the MTP layers its copy of the embedding besides.
+    Collective over the tensor-, expert- and data-parallel groups; each pipeline stage yields its
+    own layers' tensors, the one with the MTP layers its copy of the embedding besides.
+
+    Parameters that the distributed optimizer has updated and not gathered yet
+    (`overlap_param_gather`) are gathered first, as Megatron does before it saves.
 
     Args:
         model: as for `load_hf_weights`.
+        optimizer: of this model, by which its DistributedDataParallel is found if `model` is not
+            wrapped in it.
 
     Yields:
         A name, and its tensor without padding: in the published shape and the parameter's own
@@ -63,10 +73,19 @@ def published_tensors_of(model: Model) -> Iterator[tuple[str, Tensor]]:
 
     Raises:
         ValueError: the model is none of Step-3.5, or has a parameter that the published layout
-            does not have.
+            does not have; the optimizer is another model's; the parameters are FSDP's shards; the
+            model was unwrapped from a DistributedDataParallel of the distributed optimizer.
     """
-    for chunk, runtime in _bare_chunks(model):
-        for entry in entries_of(chunk, runtime):
+    chunks = _bare_chunks(model)
+    TrainingState(_wrapped_chunks(model), optimizer).complete_parameters()
+    yield from _published(chunks, own_values)
+
+
+def _published(
+    chunks: list[tuple[Any, Step35Runtime]], values: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    for chunk, runtime in chunks:
+        for entry in entries_of(chunk, runtime, values):
             yield from entry.save()
 
 
@@ -74,10 +93,15 @@ def load_hf_weights(
     model: Model,
     hf_dir: str | os.PathLike[str],
     *,
+    optimizer: Optimizer | None = None,
     accept_rounded_router_bias: bool = False,
     dequantize_fp8: bool = False,
 ) -> None:
-    """Fill a model with the weights of a folder in the published layout.
+    """Fill a model with the weights of a folder in the published layout, to train on from there.
+
+    Call it before the optimizer is made, or with the optimizer, whose fp32 main parameters are
+    then filled as well; its moments and step count stay. The router's bias is loaded in fp32 and
+    stays so, whether the model is wrapped in Megatron's Float16Module before or after.
 
     Args:
         model: a GPTModel of Step-3.5, wrapped or not, or the list of its model chunks, under any
@@ -86,31 +110,44 @@ def load_hf_weights(
             shapes and dtypes, in the published names or as transformers' `save_pretrained` writes
             them. Values are converted to the parameters' dtypes. Tensors of MTP layers that the
             model was built without (`mtp_num_layers`) may be there or not.
+        optimizer: what get_megatron_optimizer made of this model, if it has been called.
         accept_rounded_router_bias: see `step35_patch.convert.convert_to_megatron`.
         dequantize_fp8: the same.
 
     Raises:
         CheckpointError: the files are not that; everything wrong is listed, and no parameter has
             been changed.
+        ValueError: the parameters have fp32 main parameters, and `optimizer` is missing, is
+            another model's or cannot be told (the precision-aware one of Transformer Engine after
+            its first step); or as for `published_tensors_of`. Other copies of the parameters
+            leave no trace on them, and are not noticed without `optimizer`: those on the CPU of
+            an offloaded optimizer for a model in fp32, or those of an optimizer that is not
+            Megatron's.
     """
     chunks = _bare_chunks(model)
+    state = TrainingState(_wrapped_chunks(model), optimizer)
+    state.check_loadable()
     folder = HfFolder(
         hf_dir,
         chunks[0][1].config,
         mtp_layers=chunks[0][0].config.mtp_num_layers or 0,
         accept=Accepted(accept_rounded_router_bias, dequantize_fp8),
     )
+    state.complete_parameters()  # a gather under way would write the old values again
     for chunk, runtime in chunks:
         entries = entries_of(chunk, runtime)
         with torch.no_grad():
             for entry in entries:
                 entry.parameter.copy_(entry.load(folder))
+    state.parameters_changed()
 
 
 def save_hf_weights(
     model: Model,
     out_dir: str | os.PathLike[str],
     *,
+    optimizer: Optimizer | None = None,
+    masters: bool = False,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     mtp_from: str | os.PathLike[str] | None = None,
@@ -122,11 +159,17 @@ def save_hf_weights(
     `out_dir` and renamed when it is whole. Collective: call it on every rank; ranks of one
     data-parallel group hold the same weights, and the first writes.
 
+    What is written are the weights after the last step, bit for bit in the parameters' dtype: what
+    Megatron's own checkpoint of this moment holds. See `published_tensors_of`.
+
     Args:
         model: as for `load_hf_weights`.
         out_dir: a folder that does not exist yet.
-        dtype: of the written tensors (router_bias stays fp32); the parameters' own by default.
-            config.json names it.
+        optimizer: as for `published_tensors_of`; needed with `masters`.
+        masters: write the optimizer's fp32 main parameters in place of the parameters that it
+            rounds from them. They are gathered one after the other where they are sharded.
+        dtype: of the written tensors (router_bias stays fp32); the parameters' own by default,
+            fp32 with `masters`. config.json names it.
         max_shard_bytes: a file is closed before it would grow past this many bytes.
         mtp_from: where the model has fewer MTP layers than its config (`mtp_num_layers`): the
             folder in the published layout, usually the one that was loaded, from which the others
@@ -137,7 +180,9 @@ def save_hf_weights(
     Raises:
         FileExistsError: `out_dir` exists.
         ValueError: MTP layers are missing and neither `mtp_from` nor `without_mtp` is given; or
-            `mtp_from` is given and there is nothing to copy.
+            `mtp_from` is given and there is nothing to copy; `masters` goes with another dtype,
+            or the optimizer is missing or has none that can be read; or as for
+            `published_tensors_of`.
         CheckpointError: `mtp_from` is not a checkpoint of the model's config.
         OSError: writing failed; nothing is left at `out_dir`.
     """
@@ -147,6 +192,12 @@ def save_hf_weights(
     untrained = _untrained_mtp_layers(chunks[0][0], config, mtp_from, without_mtp)
     if without_mtp:
         config = config.without_mtp()
+    state = TrainingState(_wrapped_chunks(model), optimizer)
+    if masters:
+        if dtype not in (None, torch.float32):
+            raise ValueError(f"dtype: expected None or torch.float32 for masters, found {dtype}")
+        dtype = torch.float32
+    values = state.masters() if masters else own_values
     dtype = dtype or next(chunks[0][0].parameters()).dtype
     hf_folder.dtype_name(dtype)  # refuses one that weights don't come in
     staged, error = _first_rank_does(lambda: hf_folder.staging_folder(target))
@@ -157,7 +208,9 @@ def save_hf_weights(
         weight_map: dict[str, str] = {}
         size = 0
         try:
-            weight_map, size = _write(model, config, staged, dtype, max_shard_bytes, untrained)
+            state.complete_parameters()
+            tensors = _published(chunks, values)
+            weight_map, size = _write(tensors, config, staged, dtype, max_shard_bytes, untrained)
         except Exception as caught:  # every rank must get to the collective below
             problem = caught
         results = _all_ranks((weight_map, size, problem))
@@ -213,14 +266,14 @@ def _untrained_mtp_layers(
 
 
 def _write(
-    model: Model,
+    tensors: Iterator[tuple[str, Tensor]],
     config: Step35Config,
     staged: Path,
     dtype: torch.dtype,
     max_bytes: int,
     untrained: dict[str, HfFolder],
 ) -> tuple[dict[str, str], int]:
-    """Gather this pipeline stage's tensors; the stage's first rank writes them.
+    """Go through this pipeline stage's tensors; the stage's first rank writes them.
 
     The last stage writes the tensors of `untrained` as well.
     """
@@ -232,7 +285,7 @@ def _write(
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
     writer = ShardWriter(staged, f"model-{stage + 1:05d}", max_bytes)
-    for name, tensor in published_tensors_of(model):
+    for name, tensor in tensors:
         # A later stage with MTP layers has a copy of the embedding; the first one publishes it.
         if writes and name in dtypes and not (name == EMBEDDING and stage > 0):
             writer.add(name, tensor.to(dtypes[name]))

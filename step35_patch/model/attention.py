@@ -103,10 +103,14 @@ class Step35SelfAttention(SelfAttention):
         """
         return gate_rows(tensor, self.qkv)
 
-    def tie_gate_rows(self) -> None:
-        """Copy the first row of each head of an `expanded` gate to its others."""
+    def tie_gate_rows(self, weight: Tensor | None = None) -> None:
+        """Copy the first row of each head of an `expanded` gate to its others.
+
+        Args:
+            weight: of this rank's linear_qkv, [rows, h], changed in place; the parameter if None.
+        """
         # Through .data: micro-batches in flight hold the weight, and none uses the other rows.
-        rows = self.tied_gate_rows(self.linear_qkv.weight.data)
+        rows = self.tied_gate_rows(self.linear_qkv.weight.data if weight is None else weight)
         rows.copy_(rows[:, :, :1].clone().expand_as(rows))
 
     def check_gate_rows(self) -> None:

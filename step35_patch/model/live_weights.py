@@ -74,6 +74,12 @@ def _gather(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return torch.cat(parts, dim=dim)
 
 
+def own_values(parameter: Tensor) -> Tensor:
+    """What a parameter itself holds."""
+    # Through .data: micro-batches in flight may hold the parameter.
+    return parameter.data
+
+
 def _find(module: torch.nn.Module, path: str) -> Tensor | None:
     """The parameter or buffer at a dotted path below a module, or None."""
     found: object = module
@@ -88,9 +94,11 @@ class _LiveModel:
     Args:
         model: A GPTModel.
         runtime: The model that it is.
+        values: As for `entries_of`.
     """
 
-    def __init__(self, model: Any, runtime: Step35Runtime):
+    def __init__(self, model: Any, runtime: Step35Runtime, values: Callable[[Tensor], Tensor]):
+        self.values = values
         self.model, self.config = model, runtime.config
         self.gate_layout = runtime.gate_layout
         self.groups: _Groups = model.pg_collection
@@ -143,8 +151,8 @@ class _LiveModel:
             return whole if dim is None else _share(whole, dim, self.tp)
 
         def save() -> Iterator[tuple[str, Tensor]]:
-            whole = parameter.detach() if dim is None else _gather(parameter, dim, self.tp)
-            yield published.name, whole
+            part = self.values(parameter)
+            yield published.name, part if dim is None else _gather(part, dim, self.tp)
 
         return Entry(parameter, load, save)
 
@@ -158,7 +166,7 @@ class _LiveModel:
             return torch.cat([part, part.new_zeros(rows - part.shape[0], part.shape[1])])
 
         def save() -> Iterator[tuple[str, Tensor]]:
-            yield published.name, _gather(parameter, 0, self.tp)[: published.shape[0]]
+            yield published.name, _gather(self.values(parameter), 0, self.tp)[: published.shape[0]]
 
         return Entry(parameter, load, save)
 
@@ -173,9 +181,10 @@ class _LiveModel:
             return _share(pack_qkv(*parts, plan, gate_layout), 0, self.tp)
 
         def save() -> Iterator[tuple[str, Tensor]]:
+            own = self.values(parameter)
             if attention.tied_gate:
-                attention.tie_gate_rows()
-            whole = _gather(parameter, 0, self.tp)
+                attention.tie_gate_rows(own)
+            whole = _gather(own, 0, self.tp)
             parts = unpack_qkv(whole, plan, gate_layout, row.key)
             for name, part in zip((q, k, v, *g), parts, strict=False):  # no gate without its name
                 if part is not None:
@@ -191,7 +200,7 @@ class _LiveModel:
             return torch.cat([_share(weights.get(name), 0, self.tp) for name in names])
 
         def save() -> Iterator[tuple[str, Tensor]]:
-            for name, part in zip(names, parameter.chunk(len(names)), strict=True):
+            for name, part in zip(names, self.values(parameter).chunk(len(names)), strict=True):
                 yield name, _gather(part, 0, self.tp)
 
         return Entry(parameter, load, save)
@@ -211,7 +220,7 @@ class _LiveModel:
             return torch.cat(parts)
 
         def save() -> Iterator[tuple[str, Tensor]]:
-            own = torch.stack(parameters)
+            own = torch.stack([self.values(parameter) for parameter in parameters])
             for name, part in zip(names, own.chunk(len(names), dim=1), strict=True):
                 yield name, _gather(_gather(part, 1 + dim, etp), 0, ep)
 
@@ -246,12 +255,21 @@ def _check_covered(model: torch.nn.Module, entries: list[Entry]) -> None:
         )
 
 
-def entries_of(model: torch.nn.Module, runtime: Step35Runtime) -> list[Entry]:
+def entries_of(
+    model: torch.nn.Module,
+    runtime: Step35Runtime,
+    values: Callable[[Tensor], Tensor] = own_values,
+) -> list[Entry]:
     """Every parameter and router bias of one model chunk, with its published tensors.
+
+    Args:
+        model: A GPTModel.
+        runtime: The model that it is.
+        values: What to save for a parameter or router bias: this rank's part, in its shape.
 
     Raises:
         ValueError: the model has a parameter that the published layout does not have.
     """
-    entries = list(_LiveModel(model, runtime).entries())
+    entries = list(_LiveModel(model, runtime, values).entries())
     _check_covered(model, entries)
     return entries

@@ -40,15 +40,14 @@ def build_chunks(hf_dir: Path, layout: dict) -> list[torch.nn.Module]:
     sizes = {name: layout[name] for name in _SIZES if name in layout}
     initialize_megatron(int(os.environ["WORLD_SIZE"]), **sizes)
     model_parallel_cuda_manual_seed(1)
-    provider = Step35ModelProvider.from_hf(
-        hf_dir,
-        transformer_impl="local",
-        use_cpu_initialization=True,
-        pipeline_dtype=torch.float32,
-        moe_token_dispatcher_type="alltoall",
-        variable_seq_lengths=False,
-        **layout,
-    )
+    options = {
+        "transformer_impl": "local",
+        "use_cpu_initialization": True,
+        "pipeline_dtype": torch.float32,
+        "moe_token_dispatcher_type": "alltoall",
+        "variable_seq_lengths": False,
+    }
+    provider = Step35ModelProvider.from_hf(hf_dir, **(options | layout))
     chunks = []
     for stage in range(layout.get("virtual_pipeline_model_parallel_size") or 1):
         vp_stage = stage if layout.get("virtual_pipeline_model_parallel_size") else None

@@ -85,9 +85,9 @@ class Ranks:
 
 
 def worker_ranks(folder: Path) -> Ranks:
-    """For `convert_worker.main(*arguments)` and `distributed_worker.main(*arguments)`."""
+    """For the `main(*arguments)` of `convert_worker`, `distributed_worker`, `training_worker`."""
     search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    imports = "from support import convert_worker, distributed_worker\n"
+    imports = "from support import convert_worker, distributed_worker, training_worker\n"
     return Ranks(
         folder, imports, os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search))}
     )

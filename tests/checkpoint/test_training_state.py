@@ -1,0 +1,171 @@
+"""Weights in and out of a model in training: what was loaded trains, what was trained is saved."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.transformer.module import Float16Module
+from support.converted import assert_same, read, weights_of
+from support.ours import build, initialize_megatron
+from support.provider_layouts import EP, PP, TP
+from support.reference import tiny_config, write_hf_folder
+from support.training_worker import BF16, step, wrap
+
+from step35_patch import Step35ModelProvider
+from step35_patch.checkpoint import load_hf_weights, published_tensors_of, save_hf_weights
+from step35_patch.convert import convert_to_hf
+
+pytestmark = pytest.mark.megatron
+
+# Name: (processes, the provider's overrides); with the distributed optimizer twice as many.
+LAYOUTS = {
+    "tp2": (2, {TP: 2, "sequence_parallel": True}),
+    "pp2": (2, {PP: 2}),
+    "ep2": (2, {EP: 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    config = tiny_config(torch_dtype="bfloat16")
+    weights = weights_of(config)
+    return weights, write_hf_folder(tmp_path_factory.mktemp("published"), config, weights)
+
+
+def new_model(folder, **options):
+    """With a random start, and a router's bias that does not move by itself."""
+    initialize_megatron()
+    model_parallel_cuda_manual_seed(1)
+    fixed = {"transformer_impl": "local", "use_cpu_initialization": True}
+    fixed["moe_router_bias_update_rate"] = 0.0
+    return Step35ModelProvider.from_hf(folder, **(fixed | options)).provide()
+
+
+def tensors_of(model, **options):
+    return {name: tensor.clone() for name, tensor in published_tensors_of(model, **options)}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize("first", ["wrapped", "loaded in 16 bits", "loaded in fp32"])
+def test_router_bias_is_exact_in_float16_module(published, name, dtype, first):
+    """Megatron's Float16Module makes bf16 or fp16 of all that it wraps."""
+    weights, folder = published
+    half = {name: True, "params_dtype": torch.float32 if first.endswith("fp32") else dtype}
+    model = new_model(folder, **half)
+    if first != "wrapped":
+        load_hf_weights(model, folder)
+    wrapped = Float16Module(model.config, model)
+    if first == "wrapped":
+        load_hf_weights(wrapped, folder)
+    wanted = {n: t if n.endswith("router_bias") else t.to(dtype) for n, t in weights.items()}
+    assert_same(tensors_of(wrapped), wanted)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_masters_that_cannot_be_told_are_refused(published, distributed):
+    _, folder = published
+    (model,), optimizer = wrap([new_model(folder, **BF16)], distributed)
+    start = tensors_of(model)
+    for part in (model, model.module.module):
+        with pytest.raises(ValueError, match=r"pass (the wrapped model, or )?optimizer="):
+            load_hf_weights(part, folder)
+    assert_same(tensors_of(model), start)
+    load_hf_weights(model.module.module, folder, optimizer=optimizer)
+
+
+def test_another_models_optimizer_is_refused(published, tmp_path):
+    _, folder = published
+    _, optimizer = wrap([new_model(folder, **BF16)], False)
+    (model,), _ = wrap([new_model(folder, **BF16)], False)
+    for call in (
+        lambda: load_hf_weights(model, folder, optimizer=optimizer),
+        lambda: save_hf_weights(model, tmp_path / "out", optimizer=optimizer),
+        lambda: tensors_of(model, optimizer=optimizer),
+    ):
+        with pytest.raises(ValueError, match="trains 113 parameters that are not the model's"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwrapped_model_that_may_have_to_be_gathered_is_refused(published, tmp_path):
+    _, folder = published
+    (model,), optimizer = wrap([new_model(folder, **BF16)], True)
+    bare = model.module.module
+    with pytest.raises(ValueError, match="pass the wrapped model, or optimizer="):
+        save_hf_weights(bare, tmp_path / "out")
+    assert_same(tensors_of(bare, optimizer=optimizer), tensors_of(model))
+
+
+def test_masters_are_refused_where_there_are_none(published, tmp_path):
+    _, folder = published
+    model = build(folder, **BF16)
+    with pytest.raises(ValueError, match="masters: expected optimizer="):
+        save_hf_weights(model, tmp_path / "out", masters=True)
+    own = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=r"masters: 113 parameters .* without any"):
+        save_hf_weights(model, tmp_path / "out", optimizer=own, masters=True)
+    (wrapped,), optimizer = wrap([model], False)
+    options = {"optimizer": optimizer, "masters": True}
+    with pytest.raises(ValueError, match=r"dtype: expected None or torch\.float32 for masters"):
+        save_hf_weights(wrapped, tmp_path / "out", dtype=torch.bfloat16, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_masters_of_an_expanded_gate(published, tmp_path):
+    """A head's rows have masters of their own, of which only the first is trained."""
+    _, folder = published
+    model = build(folder, gate_layout="expanded", **BF16)
+    (wrapped,), optimizer = wrap([model], False)
+    step([wrapped], optimizer, 1e-2)
+    save_hf_weights(wrapped, tmp_path / "masters", optimizer=optimizer, masters=True)
+    found, trained = read(tmp_path / "masters"), tensors_of(wrapped)
+    assert_same({n: t.to(trained[n].dtype) for n, t in found.items()}, trained)
+
+
+def test_offloaded_optimizer_is_told(published, tmp_path):
+    """With its fp32 copies on the same device: the stand-in for CUDA has one only."""
+    weights, folder = published
+    offload = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True}
+    (model,), optimizer = wrap([new_model(folder, **BF16)], True, **offload)
+    load_hf_weights(model, folder, optimizer=optimizer)
+    step([model], optimizer, 0.0)
+    assert_same(tensors_of(model), weights)
+    step([model], optimizer, 1e-2)
+    save_hf_weights(model, tmp_path / "masters", optimizer=optimizer, masters=True)
+    found, trained = read(tmp_path / "masters"), tensors_of(model)
+    assert_same({n: t.to(trained[n].dtype) for n, t in found.items()}, trained)
+    assert not torch.equal(found["lm_head.weight"], trained["lm_head.weight"].float())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed", [False, True], ids=["masters", "distributed, overlaps"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_training_loads_and_saves_what_megatron_does(published, ranks, tmp_path, name, distributed):
+    weights, folder = published
+    processes, layout = LAYOUTS[name]
+    processes *= 1 + distributed
+    code = "from support import training_worker; training_worker.main(*arguments)"
+    ended = ranks.run(code, processes, folder, tmp_path, distributed, json.dumps(layout))
+    assert ended.statuses == [0] * processes, ended.text[-8000:]
+    assert len(re.findall(r"rank \d ok", ended.text)) == processes, ended.text[-2000:]
+    saved = {path.name: read(path) for path in tmp_path.iterdir()}
+    for moment in ("loaded", "trained"):
+        convert_to_hf(
+            tmp_path / f"megatron {moment}", tmp_path / f"converted {moment}", hf_dir=folder
+        )
+        assert_same(saved[moment], read(tmp_path / f"converted {moment}"))
+    assert_same(saved["loaded"], weights)
+    assert_same(saved["unmoved"], weights)
+    masters = saved["masters"]
+    assert (
+        json.loads((tmp_path / "masters" / "config.json").read_text())["torch_dtype"] == "float32"
+    )
+    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
+    rounded = {name: masters[name].to(tensor.dtype) for name, tensor in saved["trained"].items()}
+    assert_same(rounded, saved["trained"])
+    moved = [n for n, t in masters.items() if not n.endswith("router_bias")]
+    assert not any(torch.equal(masters[name], rounded[name].float()) for name in moved)

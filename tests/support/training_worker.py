@@ -1,0 +1,154 @@
+"""One rank of tests/checkpoint/test_training_state.py: load, train and save as Megatron trains.
+
+The model is wrapped in Float16Module and DistributedDataParallel and has its optimizer when it is
+loaded. What is saved, by the package and by Megatron-Core itself, is left for the test to compare.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from support import convert_worker, distributed_worker
+
+# isort: split
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.module import Float16Module
+
+from step35_patch.checkpoint import load_hf_weights, save_hf_weights
+from step35_patch.model.description import runtime_for
+from step35_patch.model.live_weights import entries_of
+from step35_patch.storage.hf_folder import HfFolder
+from step35_patch.tensors.published import published_tensors
+
+BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
+
+
+def wrap(
+    bare: list[torch.nn.Module], distributed: bool, **options: object
+) -> tuple[list[torch.nn.Module], MegatronOptimizer]:
+    """As megatron.training does: the wrapped chunks, and an optimizer with fp32 masters.
+
+    Args:
+        bare: GPTModels in bf16.
+        distributed: with the distributed optimizer, and both of its overlaps.
+        options: more of OptimizerConfig's.
+    """
+    config = bare[0].config
+    overlaps = dict.fromkeys(("overlap_grad_reduce", "overlap_param_gather"), distributed)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=distributed,
+        bucket_size=4_000,  # many buckets, as large models have
+        grad_reduce_in_fp32=True,
+        **overlaps,
+    )
+    chunks: list[torch.nn.Module] = [
+        DistributedDataParallel(config, ddp, Float16Module(config, chunk)) for chunk in bare
+    ]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=0.0,
+            bf16=True,
+            params_dtype=torch.bfloat16,
+            use_distributed_optimizer=distributed,
+            overlap_param_gather=distributed,
+            **options,
+        ),
+        chunks,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if distributed:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return chunks, optimizer
+
+
+def step(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, lr: float) -> None:
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    distributed_worker.mean_loss(chunks)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    done, _, _ = optimizer.step()
+    assert done
+
+
+def save_by_megatron(chunks: list[torch.nn.Module], folder: Path) -> None:
+    """A checkpoint as megatron.training saves one, its `force_param_sync` included."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+    iteration = folder / "iter_0000001"
+    if torch.distributed.get_rank() == 0:
+        iteration.mkdir(parents=True)
+        (folder / "latest_checkpointed_iteration.txt").write_text("1")
+    torch.distributed.barrier()
+    bare = [chunk.module.module for chunk in chunks]
+    dist_checkpointing.save(convert_worker.sharded_state_dict(bare), str(iteration))
+
+
+def wrong_masters(
+    chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, folder: Path
+) -> list[str]:
+    """The rows whose masters on this rank are not what a folder of fp32 weights has for them."""
+    owners = {
+        id(parameter): part
+        for part in getattr(optimizer, "chained_optimizers", [optimizer])
+        if isinstance(part, DistributedOptimizer)
+        for group in part.model_float16_groups
+        for parameter in group
+    }
+    wrong = []
+    for number, chunk in enumerate(chunks):
+        bare = chunk.module.module
+        runtime = runtime_for(bare.config)
+        weights = HfFolder(folder, published_tensors(runtime.config, "float32"))
+        names = {id(parameter): name for name, parameter in bare.named_parameters()}
+        for entry in entries_of(bare, runtime):
+            if entry.parameter.dtype == torch.float32:
+                continue
+            found, wanted = entry.load(weights), entry.parameter.main_param
+            if wanted is None:  # all of it on other data-parallel ranks
+                continue
+            if part := owners.get(id(entry.parameter)):
+                place = part._get_model_param_range_map(entry.parameter)["param"]
+                found = found.reshape(-1)[place.start : place.end]
+            if not torch.equal(found, wanted.data):
+                wrong.append(f"{number}: {names[id(entry.parameter)]}")
+    return wrong
+
+
+def main(hf_dir: str, out: str, distributed: str, layout: str) -> None:
+    """`distributed` is "True" or "False"; `layout` is JSON: overrides of Step35ModelProvider."""
+    top = Path(out)
+    no_moves = {"moe_router_bias_update_rate": 0.0}
+    bare = distributed_worker.build_chunks(Path(hf_dir), BF16 | no_moves | json.loads(layout))
+    chunks, optimizer = wrap(bare, distributed == "True")
+    load_hf_weights(chunks, hf_dir, optimizer=optimizer)
+    save_hf_weights(chunks, top / "loaded")
+    save_by_megatron(chunks, top / "megatron loaded")
+    step(chunks, optimizer, 0.0)
+    save_hf_weights(chunks, top / "unmoved")
+    step(chunks, optimizer, 1e-2)
+    # By the bare model and its optimizer too, and before Megatron-Core gathers.
+    save_hf_weights(bare, top / "trained", optimizer=optimizer)
+    save_by_megatron(chunks, top / "megatron trained")
+    save_hf_weights(chunks, top / "masters", optimizer=optimizer, masters=True)
+    wrong = wrong_masters(chunks, optimizer, top / "masters")
+    assert wrong == [], wrong
+    # One write, because the ranks share the pipe.
+    sys.stdout.write(f"rank {torch.distributed.get_rank()} ok\n")
+    sys.stdout.flush()
+    torch.distributed.barrier()
