@@ -1,9 +1,6 @@
-"""Weights in and out of a model in training: what was loaded trains, what was trained is saved."""
+"""Weights in and out of a model that is wrapped and has an optimizer, and what is refused there."""
 
 from __future__ import annotations
-
-import json
-import re
 
 import pytest
 import torch
@@ -11,22 +8,13 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from support.converted import assert_same, read, weights_of
 from support.ours import build, initialize_megatron
-from support.provider_layouts import EP, PP, TP
 from support.reference import tiny_config, write_hf_folder
 from support.training_worker import BF16, step, wrap
 
 from step35_patch import Step35ModelProvider
 from step35_patch.checkpoint import load_hf_weights, published_tensors_of, save_hf_weights
-from step35_patch.convert import convert_to_hf
 
 pytestmark = pytest.mark.megatron
-
-# Name: (processes, the provider's overrides); with the distributed optimizer twice as many.
-LAYOUTS = {
-    "tp2": (2, {TP: 2, "sequence_parallel": True}),
-    "pp2": (2, {PP: 2}),
-    "ep2": (2, {EP: 2}),
-}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +56,7 @@ def test_router_bias_is_exact_in_float16_module(published, name, dtype, first):
 @pytest.mark.parametrize("distributed", [False, True])
 def test_masters_that_cannot_be_told_are_refused(published, distributed):
     _, folder = published
-    (model,), optimizer = wrap([new_model(folder, **BF16)], distributed)
+    (model,), optimizer = wrap([new_model(folder, **BF16)], overlap_param_gather=distributed)
     start = tensors_of(model)
     for part in (model, model.module.module):
         with pytest.raises(ValueError, match=r"pass (the wrapped model, or )?optimizer="):
@@ -79,8 +67,8 @@ def test_masters_that_cannot_be_told_are_refused(published, distributed):
 
 def test_another_models_optimizer_is_refused(published, tmp_path):
     _, folder = published
-    _, optimizer = wrap([new_model(folder, **BF16)], False)
-    (model,), _ = wrap([new_model(folder, **BF16)], False)
+    _, optimizer = wrap([new_model(folder, **BF16)])
+    (model,), _ = wrap([new_model(folder, **BF16)])
     for call in (
         lambda: load_hf_weights(model, folder, optimizer=optimizer),
         lambda: save_hf_weights(model, tmp_path / "out", optimizer=optimizer),
@@ -93,7 +81,7 @@ def test_another_models_optimizer_is_refused(published, tmp_path):
 
 def test_unwrapped_model_that_may_have_to_be_gathered_is_refused(published, tmp_path):
     _, folder = published
-    (model,), optimizer = wrap([new_model(folder, **BF16)], True)
+    (model,), optimizer = wrap([new_model(folder, **BF16)], overlap_param_gather=True)
     bare = model.module.module
     with pytest.raises(ValueError, match="pass the wrapped model, or optimizer="):
         save_hf_weights(bare, tmp_path / "out")
@@ -108,7 +96,7 @@ def test_masters_are_refused_where_there_are_none(published, tmp_path):
     own = torch.optim.AdamW(model.parameters())
     with pytest.raises(ValueError, match=r"masters: 113 parameters .* without any"):
         save_hf_weights(model, tmp_path / "out", optimizer=own, masters=True)
-    (wrapped,), optimizer = wrap([model], False)
+    (wrapped,), optimizer = wrap([model])
     options = {"optimizer": optimizer, "masters": True}
     with pytest.raises(ValueError, match=r"dtype: expected None or torch\.float32 for masters"):
         save_hf_weights(wrapped, tmp_path / "out", dtype=torch.bfloat16, **options)
@@ -119,18 +107,19 @@ def test_masters_of_an_expanded_gate(published, tmp_path):
     """A head's rows have masters of their own, of which only the first is trained."""
     _, folder = published
     model = build(folder, gate_layout="expanded", **BF16)
-    (wrapped,), optimizer = wrap([model], False)
+    (wrapped,), optimizer = wrap([model])
     step([wrapped], optimizer, 1e-2)
     save_hf_weights(wrapped, tmp_path / "masters", optimizer=optimizer, masters=True)
     found, trained = read(tmp_path / "masters"), tensors_of(wrapped)
     assert_same({n: t.to(trained[n].dtype) for n, t in found.items()}, trained)
 
 
-def test_offloaded_optimizer_is_told(published, tmp_path):
+@pytest.mark.parametrize("precision_aware", [False, True])
+def test_offloaded_optimizer_is_told(published, tmp_path, precision_aware):
     """With its fp32 copies on the same device: the stand-in for CUDA has one only."""
     weights, folder = published
-    offload = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True}
-    (model,), optimizer = wrap([new_model(folder, **BF16)], True, **offload)
+    offload = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": precision_aware}
+    (model,), optimizer = wrap([new_model(folder, **BF16)], overlap_param_gather=True, **offload)
     load_hf_weights(model, folder, optimizer=optimizer)
     step([model], optimizer, 0.0)
     assert_same(tensors_of(model), weights)
@@ -139,33 +128,3 @@ def test_offloaded_optimizer_is_told(published, tmp_path):
     found, trained = read(tmp_path / "masters"), tensors_of(model)
     assert_same({n: t.to(trained[n].dtype) for n, t in found.items()}, trained)
     assert not torch.equal(found["lm_head.weight"], trained["lm_head.weight"].float())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("distributed", [False, True], ids=["masters", "distributed, overlaps"])
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_training_loads_and_saves_what_megatron_does(published, ranks, tmp_path, name, distributed):
-    weights, folder = published
-    processes, layout = LAYOUTS[name]
-    processes *= 1 + distributed
-    code = "from support import training_worker; training_worker.main(*arguments)"
-    ended = ranks.run(code, processes, folder, tmp_path, distributed, json.dumps(layout))
-    assert ended.statuses == [0] * processes, ended.text[-8000:]
-    assert len(re.findall(r"rank \d ok", ended.text)) == processes, ended.text[-2000:]
-    saved = {path.name: read(path) for path in tmp_path.iterdir()}
-    for moment in ("loaded", "trained"):
-        convert_to_hf(
-            tmp_path / f"megatron {moment}", tmp_path / f"converted {moment}", hf_dir=folder
-        )
-        assert_same(saved[moment], read(tmp_path / f"converted {moment}"))
-    assert_same(saved["loaded"], weights)
-    assert_same(saved["unmoved"], weights)
-    masters = saved["masters"]
-    assert (
-        json.loads((tmp_path / "masters" / "config.json").read_text())["torch_dtype"] == "float32"
-    )
-    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
-    rounded = {name: masters[name].to(tensor.dtype) for name, tensor in saved["trained"].items()}
-    assert_same(rounded, saved["trained"])
-    moved = [n for n, t in masters.items() if not n.endswith("router_bias")]
-    assert not any(torch.equal(masters[name], rounded[name].float()) for name in moved)

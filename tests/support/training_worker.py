@@ -1,4 +1,4 @@
-"""One rank of tests/checkpoint/test_training_state.py: load, train and save as Megatron trains.
+"""One rank of tests/checkpoint/test_training_layouts.py: load, train and save as Megatron trains.
 
 The model is wrapped in Float16Module and DistributedDataParallel and has its optimizer when it is
 loaded. What is saved, by the package and by Megatron-Core itself, is left for the test to compare.
@@ -34,22 +34,22 @@ BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bf
 
 
 def wrap(
-    bare: list[torch.nn.Module], distributed: bool, **options: object
+    bare: list[torch.nn.Module], *, overlap_param_gather: bool = False, **options: object
 ) -> tuple[list[torch.nn.Module], MegatronOptimizer]:
     """As megatron.training does: the wrapped chunks, and an optimizer with fp32 masters.
 
     Args:
         bare: GPTModels in bf16.
-        distributed: with the distributed optimizer, and both of its overlaps.
+        overlap_param_gather: with the distributed optimizer, and overlap_grad_reduce.
         options: more of OptimizerConfig's.
     """
-    config = bare[0].config
-    overlaps = dict.fromkeys(("overlap_grad_reduce", "overlap_param_gather"), distributed)
+    config, distributed = bare[0].config, overlap_param_gather
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed,
+        overlap_grad_reduce=distributed,
+        overlap_param_gather=distributed,
         bucket_size=4_000,  # many buckets, as large models have
         grad_reduce_in_fp32=True,
-        **overlaps,
     )
     chunks: list[torch.nn.Module] = [
         DistributedDataParallel(config, ddp, Float16Module(config, chunk)) for chunk in bare
@@ -130,19 +130,26 @@ def wrong_masters(
     return wrong
 
 
-def main(hf_dir: str, out: str, distributed: str, layout: str) -> None:
-    """`distributed` is "True" or "False"; `layout` is JSON: overrides of Step35ModelProvider."""
+def main(hf_dir: str, out: str, layout: str, options: str) -> None:
+    """What is saved goes to folders in `out`.
+
+    Args:
+        hf_dir: what to load.
+        out: a folder.
+        layout: JSON, overrides of Step35ModelProvider.
+        options: JSON, arguments of `wrap`.
+    """
     top = Path(out)
-    no_moves = {"moe_router_bias_update_rate": 0.0}
-    bare = distributed_worker.build_chunks(Path(hf_dir), BF16 | no_moves | json.loads(layout))
-    chunks, optimizer = wrap(bare, distributed == "True")
+    fixed = BF16 | {"moe_router_bias_update_rate": 0.0}
+    bare = distributed_worker.build_chunks(Path(hf_dir), fixed | json.loads(layout))
+    chunks, optimizer = wrap(bare, **json.loads(options))
     load_hf_weights(chunks, hf_dir, optimizer=optimizer)
     save_hf_weights(chunks, top / "loaded")
     save_by_megatron(chunks, top / "megatron loaded")
     step(chunks, optimizer, 0.0)
-    save_hf_weights(chunks, top / "unmoved")
+    save_hf_weights(chunks, top / "after a step at learning rate 0")
     step(chunks, optimizer, 1e-2)
-    # By the bare model and its optimizer too, and before Megatron-Core gathers.
+    # Before Megatron-Core gathers; and unwrapped, as a framework may hand it over.
     save_hf_weights(bare, top / "trained", optimizer=optimizer)
     save_by_megatron(chunks, top / "megatron trained")
     save_hf_weights(chunks, top / "masters", optimizer=optimizer, masters=True)
