@@ -10,6 +10,7 @@ from support.converted import assert_same, read, weights_of
 from support.ours import build, initialize_megatron
 from support.reference import tiny_config, write_hf_folder
 from support.training_worker import BF16, step, wrap
+from torch.distributed.device_mesh import init_device_mesh
 
 from step35_patch import Step35ModelProvider
 from step35_patch.checkpoint import load_hf_weights, published_tensors_of, save_hf_weights
@@ -86,6 +87,34 @@ def test_unwrapped_model_that_may_have_to_be_gathered_is_refused(published, tmp_
     with pytest.raises(ValueError, match="pass the wrapped model, or optimizer="):
         save_hf_weights(bare, tmp_path / "out")
     assert_same(tensors_of(bare, optimizer=optimizer), tensors_of(model))
+
+
+def test_parameters_that_are_kept_otherwise_are_refused(published, tmp_path):
+    _, folder = published
+    sharded = new_model(folder)
+    torch.distributed.fsdp.fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    (waiting,), _ = wrap([new_model(folder, **BF16)])
+    waiting.ddp_config.reuse_grad_buf_for_mxfp8_param_ag = True
+    for model, said in ((sharded, "found FSDP's shards"), (waiting, "mxfp8_param_ag: expected F")):
+        with pytest.raises(ValueError, match=said):
+            load_hf_weights(model, folder)
+        with pytest.raises(ValueError, match=said):
+            save_hf_weights(model, tmp_path / "out")
+
+
+def test_masters_of_the_precision_aware_optimizer_are_refused(published, tmp_path):
+    """Transformer Engine's FusedAdam makes them in its first step, in its state."""
+    _, folder = published
+    (model,), optimizer = wrap([new_model(folder, **BF16)], overlap_param_gather=True)
+    for part in optimizer.chained_optimizers:
+        part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+    load_hf_weights(model, folder, optimizer=optimizer)
+    with pytest.raises(ValueError, match="masters: the precision-aware optimizer"):
+        save_hf_weights(model, tmp_path / "out", optimizer=optimizer, masters=True)
+    for part in optimizer.chained_optimizers:
+        part.init_state_fn(part.optimizer)
+    with pytest.raises(ValueError, match=r"cannot be told .* load before that step"):
+        load_hf_weights(model, folder, optimizer=optimizer)
 
 
 def test_masters_are_refused_where_there_are_none(published, tmp_path):
