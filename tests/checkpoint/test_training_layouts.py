@@ -30,7 +30,7 @@ CASES = {
     "ep2": (2, EP2, {}),
     "tp2, overlap": (4, TP2, OVERLAP),
     "pp2, overlap": (4, PP2, OVERLAP),
-    "ep2, overlap": (4, EP2, OVERLAP),
+    "ep2, overlap": (4, EP2, OVERLAP | {"gather_before": True}),
     "virtual pipeline, early overlap": (4, PP2 | {VPP: 3}, EARLY),
 }
 # With each Megatron-Core; the others run with the newest only.

@@ -74,13 +74,33 @@ def wrap(
     return chunks, optimizer
 
 
-def step(chunks: list[torch.nn.Module], optimizer: MegatronOptimizer, lr: float) -> None:
+def step(
+    chunks: list[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    lr: float,
+    *,
+    gather_before: bool = False,
+) -> None:
+    """A training step of two micro-batches.
+
+    Args:
+        chunks: the model.
+        optimizer: its optimizer.
+        lr: learning rate.
+        gather_before: begin to gather parameters before they are updated. Megatron does so for
+            the first chunk's experts with overlap_param_gather_with_optimizer_step.
+    """
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     distributed_worker.mean_loss(chunks)
     for group in optimizer.param_groups:
         group["lr"] = lr
+    if gather_before:
+        for chunk in chunks:
+            chunk.start_param_sync()
+            for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+                group.param_gather_handle.wait()  # Gloo writes this rank's own part too
     done, _, _ = optimizer.step()
     assert done
 
@@ -137,18 +157,20 @@ def main(hf_dir: str, out: str, layout: str, options: str) -> None:
         hf_dir: what to load.
         out: a folder.
         layout: JSON, overrides of Step35ModelProvider.
-        options: JSON, arguments of `wrap`.
+        options: JSON, arguments of `wrap`, and `gather_before` of `step`.
     """
     top = Path(out)
     fixed = BF16 | {"moe_router_bias_update_rate": 0.0}
     bare = distributed_worker.build_chunks(Path(hf_dir), fixed | json.loads(layout))
-    chunks, optimizer = wrap(bare, **json.loads(options))
+    arguments = json.loads(options)
+    gather_before = arguments.pop("gather_before", False)
+    chunks, optimizer = wrap(bare, **arguments)
     load_hf_weights(chunks, hf_dir, optimizer=optimizer)
     save_hf_weights(chunks, top / "loaded")
     save_by_megatron(chunks, top / "megatron loaded")
     step(chunks, optimizer, 0.0)
     save_hf_weights(chunks, top / "after a step at learning rate 0")
-    step(chunks, optimizer, 1e-2)
+    step(chunks, optimizer, 1e-2, gather_before=gather_before)
     # Before Megatron-Core gathers; and unwrapped, as a framework may hand it over.
     save_hf_weights(bare, top / "trained", optimizer=optimizer)
     save_by_megatron(chunks, top / "megatron trained")
