@@ -27,6 +27,10 @@ from step35_patch.model.description import LayerConfig, Step35Runtime, runtime_f
 from step35_patch.model.mtp import embedding_chunk_problems
 from step35_patch.model.refused_options import Place, refused, without_effect
 
+# Buffers that Megatron-Core's router makes in fp32: the bias, and the counts of tokens that move it
+# (--moe-router-bias-update-rate), of which bf16 holds no more than the first 256 exactly.
+_ROUTER_FP32 = ("expert_bias", "local_tokens_per_expert")
+
 
 def check_options(config: TransformerConfig) -> None:
     """Raise ValueError listing every option that does not go with a Step-3.5 layer.
@@ -165,14 +169,18 @@ class Step35DecoderLayer(TransformerLayer):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As torch's (of `bfloat16`, `to`, ...), but the router's bias stays in fp32.
+        """As torch's (of `bfloat16`, `to`, ...), but what the router has in fp32 stays in fp32.
 
-        Megatron's Float16Module turns it to 16 bits with the rest, and its router back to fp32 in
-        the first forward pass: loaded values would be rounded by then.
+        Megatron's Float16Module turns it to 16 bits with the rest. Its router turns the bias back
+        in the first forward pass, when loaded values are rounded, and the counts never.
         """
         router: Any = getattr(self.mlp, "router", None)
-        bias = getattr(router, "expert_bias", None)
+        buffers = [(name, getattr(router, name, None)) for name in _ROUTER_FP32]
         super()._apply(fn, recurse)
-        if bias is not None and router.expert_bias.dtype in (torch.bfloat16, torch.float16):
-            router.expert_bias = bias.to(router.expert_bias.device)
+        for name, buffer in buffers:
+            if buffer is None:
+                continue
+            converted: Tensor = getattr(router, name)
+            if converted.dtype in (torch.bfloat16, torch.float16):
+                setattr(router, name, buffer.to(converted.device))
         return self

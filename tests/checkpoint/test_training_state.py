@@ -54,6 +54,19 @@ def test_router_bias_is_exact_in_float16_module(published, name, dtype, first):
     assert_same(tensors_of(wrapped), wanted)
 
 
+def test_router_counts_its_tokens_exactly_in_bf16(published):
+    """They say in which direction --moe-router-bias-update-rate moves the bias."""
+    _, folder = published
+    model = new_model(folder, **BF16)
+    wrapped = Float16Module(model.config, model)
+    tokens = torch.arange(301)[None] % 96
+    for _ in range(3):
+        wrapped(tokens, torch.arange(301)[None], None, labels=tokens)
+    routers = [layer.mlp.router for layer in model.decoder.layers if layer.plan.is_moe]
+    counts = {router.local_tokens_per_expert.sum().item() for router in routers}
+    assert counts == {3 * 301 * model.config.moe_router_topk}
+
+
 @pytest.mark.parametrize("distributed", [False, True])
 def test_masters_that_cannot_be_told_are_refused(published, distributed):
     _, folder = published
