@@ -96,6 +96,14 @@ class TrainingState:
                 "model: expected whole parameters on each data-parallel rank, found FSDP's shards; "
                 "load and save without FSDP, for example with --use-distributed-optimizer"
             )
+        for name, parameter in self._parameters.items():
+            if type(parameter.data) is not Tensor:
+                raise ValueError(
+                    f"{name}: expected a plain tensor, found {type(parameter.data).__name__}; "
+                    "parameters that are stored in fewer bits (--fp8-param-gather) hold neither "
+                    "what is loaded nor what is trained. Train without that, or go by a Megatron "
+                    "checkpoint and `step35-patch convert`"
+                )
         if any(getattr(config, "reuse_grad_buf_for_mxfp8_param_ag", False) for config in configs):
             raise ValueError(
                 "reuse_grad_buf_for_mxfp8_param_ag: expected False, found True; parameters that "

@@ -67,6 +67,21 @@ def test_router_counts_its_tokens_exactly_in_bf16(published):
     assert counts == {3 * 301 * model.config.moe_router_topk}
 
 
+def test_parameters_in_fewer_bits_are_refused(published, tmp_path):
+    _, folder = published
+
+    class Float8Tensor(torch.Tensor):
+        """Transformer Engine's needs a GPU; like that one it is a subclass of torch's."""
+
+    model = new_model(folder)
+    weight = model.output_layer.weight.data.as_subclass(Float8Tensor)
+    model.output_layer.weight = torch.nn.Parameter(weight)
+    with pytest.raises(ValueError, match=r"output_layer\.weight: .* found Float8Tensor"):
+        load_hf_weights(model, folder)
+    with pytest.raises(ValueError, match=r"output_layer\.weight: .* found Float8Tensor"):
+        save_hf_weights(model, tmp_path / "out")
+
+
 @pytest.mark.parametrize("distributed", [False, True])
 def test_masters_that_cannot_be_told_are_refused(published, distributed):
     _, folder = published
