@@ -6,6 +6,8 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
 from support.converted import assert_same, read, weights_of
 from support.ours import build, initialize_megatron
 from support.reference import tiny_config, write_hf_folder
@@ -16,6 +18,15 @@ from step35_patch import Step35ModelProvider
 from step35_patch.checkpoint import load_hf_weights, published_tensors_of, save_hf_weights
 
 pytestmark = pytest.mark.megatron
+
+
+@pytest.fixture(autouse=True)
+def _loss_scales(monkeypatch):
+    """Megatron-Core's schedules leave one for two micro-batches, for all models of the process."""
+    for scaler in (MTPLossAutoScaler, MoEAuxLossAutoScaler):
+        scale = scaler.main_loss_backward_scale
+        own = None if scale is None else scale.clone()
+        monkeypatch.setattr(scaler, "main_loss_backward_scale", own)
 
 
 @pytest.fixture(scope="module")
