@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 from support.converted import assert_same, read, weights_of
-from support.provider_layouts import EP, PP, TP, VPP
+from support.provider_layouts import EP, OVERLAP, PP, TP, VPP
 from support.reference import tiny_config, write_hf_folder
 
 from step35_patch.convert import convert_to_hf
@@ -19,19 +19,19 @@ from step35_patch.convert import convert_to_hf
 pytestmark = pytest.mark.slow
 
 TP2, PP2, EP2 = {TP: 2, "sequence_parallel": True}, {PP: 2}, {EP: 2}
-OVERLAP = {"overlap_param_gather": True}
+LATE = {"overlap_param_gather": True}
 # The first chunk's parameters are gathered while the optimizer is still at the others.
-EARLY = OVERLAP | {"overlap_param_gather_with_optimizer_step": True}
+EARLY = LATE | {"overlap_param_gather_with_optimizer_step": True}
 # Name: (processes, the provider's overrides, the optimizer's options). With the overlap the
 # optimizer is the distributed one, over two data-parallel ranks at least.
 CASES = {
     "tp2": (2, TP2, {}),
     "pp2": (2, PP2, {}),
     "ep2": (2, EP2, {}),
-    "tp2, overlap": (4, TP2, OVERLAP),
-    "pp2, overlap": (4, PP2, OVERLAP),
-    "ep2, overlap": (4, EP2, OVERLAP | {"gather_before": True}),
-    "virtual pipeline, early overlap": (4, PP2 | {VPP: 3}, EARLY),
+    "tp2, overlap": (4, TP2, LATE),
+    "pp2, overlap": (4, PP2, LATE),
+    "ep2, overlap": (4, EP2, LATE | {"gather_before": True}),
+    "virtual pipeline, early overlap": (4, PP2 | {VPP: 3} | OVERLAP, EARLY),
 }
 # With each Megatron-Core; the others run with the newest only.
 EVERY_VERSION = ("tp2", "ep2, overlap")

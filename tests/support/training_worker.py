@@ -24,11 +24,11 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import Float16Module
 
+from step35_patch import Step35Config
 from step35_patch.checkpoint import load_hf_weights, save_hf_weights
 from step35_patch.model.description import runtime_for
 from step35_patch.model.live_weights import entries_of
 from step35_patch.storage.hf_folder import HfFolder
-from step35_patch.tensors.published import published_tensors
 
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 
@@ -134,7 +134,7 @@ def wrong_masters(
     for number, chunk in enumerate(chunks):
         bare = chunk.module.module
         runtime = runtime_for(bare.config)
-        weights = HfFolder(folder, published_tensors(runtime.config, "float32"))
+        weights = HfFolder(folder, Step35Config.from_pretrained(folder))
         names = {id(parameter): name for name, parameter in bare.named_parameters()}
         for entry in entries_of(bare, runtime):
             if entry.parameter.dtype == torch.float32:
