@@ -163,6 +163,18 @@ def _parallel_size_problems(args: Any, config: Step35Config) -> list[str]:
             f"{args.padded_vocab_size}; the config's vocab_size is {config.vocab_size}, and a "
             "larger padded size is the same model while --step35-padded-logits is masked"
         )
+    expert_ranks = ep * (args.expert_tensor_parallel_size or tp) * args.pipeline_model_parallel_size
+    if (
+        args.overlap_param_gather_with_optimizer_step
+        and ep > 1
+        and args.world_size > expert_ranks  # its experts are on several data-parallel ranks
+    ):
+        problems.append(
+            "--overlap-param-gather-with-optimizer-step: expected none with "
+            f"--expert-model-parallel-size {ep}: Megatron-Core would gather the first model "
+            "chunk's experts before their step, and train on old ones; leave it out, "
+            "--overlap-param-gather is right"
+        )
     if ep > 1 and (not config.use_moe or config.moe_num_experts % ep):
         problems.append(
             f"--expert-model-parallel-size: expected a divisor of moe_num_experts="

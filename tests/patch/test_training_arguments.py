@@ -207,6 +207,16 @@ def test_newer_options_that_cannot_work_are_refused(parse, option, message):
         pytest.skip(f"{option} is not in this Megatron-Core")
 
 
+def test_experts_are_not_gathered_before_their_step(parse, monkeypatch):
+    """With one data-parallel rank of experts there is nothing to gather."""
+    words = "--overlap-param-gather-with-optimizer-step --expert-model-parallel-size 2".split()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parse(*words, config=tiny_config())
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(Step35ArgumentError, match="experts before their step"):
+        parse(*words, config=tiny_config())
+
+
 def test_supervised_finetuning_gets_no_mask_from_the_data_loader(parse):
     args = parse("--sft", config=tiny_config())
     assert not args.create_attention_mask_in_dataloader
