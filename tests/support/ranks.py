@@ -85,9 +85,10 @@ class Ranks:
 
 
 def worker_ranks(folder: Path) -> Ranks:
-    """For the `main(*arguments)` of `convert_worker`, `distributed_worker`, `training_worker`."""
+    """For the `main(*arguments)` of each `*_worker` of tests/support that is imported here."""
     search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    imports = "from support import convert_worker, distributed_worker, training_worker\n"
+    workers = "convert_worker, distributed_worker, gradient_worker, training_worker"
+    imports = f"from support import {workers}\n"
     return Ranks(
         folder, imports, os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search))}
     )
