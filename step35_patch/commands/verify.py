@@ -75,6 +75,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave the MTP layers out, such as those that a checkpoint was trained without",
     )
     add_acceptance(parser)
+    parser.add_argument(
+        "--gradients",
+        action="store_true",
+        help="instead: train one iteration under a parallel layout and in one process, on the CPU "
+        "with HF_DIR's layers in a small size, and compare every gradient",
+    )
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="with --gradients (default: what LAYOUT needs)"
+    )
+    parser.add_argument(
+        "layout",
+        metavar="LAYOUT",
+        nargs="*",
+        help="with --gradients, behind --: Megatron's arguments of the layout, and others that "
+        "both runs get",
+    )
     parser.set_defaults(run=run)
 
 
@@ -87,6 +103,13 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit status: 0 if every part agrees, 1 if one differs or nothing could be compared.
     """
+    if options.gradients:
+        from step35_patch.commands import gradients
+
+        return gradients.run(options.hf_dir, options.layout, options.processes)
+    if options.layout or options.processes:
+        print("LAYOUT and --processes: expected none without --gradients", file=sys.stderr)
+        return 1
     # Before torch looks for a device: the comparison is one of CPUs.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _return_freed_memory()

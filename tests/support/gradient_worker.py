@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 
 from step35_patch import Step35ModelProvider  # noqa: E402
 from step35_patch.checkpoint import load_hf_weights, published_tensors_of  # noqa: E402
+from step35_patch.verify.live_gradients import published_gradients  # noqa: E402
 from support.ours import initialize_megatron  # noqa: E402
 
 try:  # Megatron-Core 0.18 and later
@@ -167,8 +167,7 @@ class Run:
                 forward_only=False,
             )
             if number == 0:
-                with self._gradients_as_weights():
-                    gradients = self._published()
+                gradients = published_gradients(self.chunks)
             _, norm, _ = self.optimizer.step()
             logs.append(self._logged(losses, len(batches)) | {"grad norm": float(norm)})
         if self.spec["overlap"]:
@@ -176,7 +175,7 @@ class Run:
                 chunk.disable_forward_pre_hook(param_sync=True)
         end = self._published()
         return {
-            "gradients": {n: g for n, g in gradients.items() if not n.endswith("router_bias")},
+            "gradients": gradients,
             "changes": {name: end[name] - start[name] for name in end},
             "logs": logs,
         }
@@ -184,32 +183,6 @@ class Run:
     def _published(self) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             return {name: tensor.clone() for name, tensor in published_tensors_of(self.chunks)}
-
-    @contextmanager
-    def _gradients_as_weights(self) -> Iterator[None]:
-        """Each parameter's data is its main_grad, whole."""
-        if self.spec["distributed_optimizer"]:
-            self._gather_gradients()
-        parameters = [p for chunk in self.chunks for p in chunk.parameters()]
-        weights = [parameter.data for parameter in parameters]
-        for parameter in parameters:
-            parameter.data = parameter.main_grad.clone()
-        try:
-            yield
-        finally:
-            for parameter, weight in zip(parameters, weights, strict=True):
-                parameter.data = weight
-
-    def _gather_gradients(self) -> None:
-        """Of what was reduced and scattered, each rank has a part of every bucket."""
-        for chunk in self.chunks:
-            for buffer in chunk.buffers + chunk.expert_parallel_buffers:
-                group = buffer.data_parallel_group
-                for bucket in buffer.buckets:
-                    own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-                    parts = [torch.empty_like(own) for _ in range(group.size())]
-                    torch.distributed.all_gather(parts, own, group=group)
-                    bucket.grad_data.copy_(torch.cat(parts))
 
     def _logged(self, losses: list[dict[str, torch.Tensor]], count: int) -> dict[str, float]:
         """What Megatron's training loop logs of one step, on the ranks that know it."""
