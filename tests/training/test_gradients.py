@@ -5,37 +5,14 @@ Real processes, gloo, Megatron-Core's schedules and optimizer: tests/support/gra
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
-from support.gradient_cases import CASES, Refused, hold, write_start
+from support.gradient_cases import CASES, EVERY_VERSION, Refused, hold, write_start
 from support.once import once
 
 pytestmark = pytest.mark.slow
-
-# With each Megatron-Core; the others run with the newest only.
-EVERY_VERSION = (
-    "tp2 with sequence parallelism",
-    "virtual pipeline: 8 micro-batches, prompts masked",
-    "virtual pipeline: TransformerConfig's own way of sending",
-    "context parallel: prompts masked, per token",
-    "context parallel: all but the last 1/8 masked, per token",
-    "data parallel: distributed optimizer, overlaps",
-    "pipeline: decoupled learning rate",
-    "pipeline: packed in padded slots",
-    "MTP layers on the first stage",
-    "MTP layers alone on a middle stage",
-    "MTP layers alone on a middle stage: default embedding ranks",
-)
-# What is known to be wrong, by case; each is to be mended or refused.
-STATES = {
-    "MTP layers on the first stage": "two copies of the embedding on one rank are trained apart",
-}
-
-
-def _marks(name: str) -> list[pytest.MarkDecorator]:
-    marks = [pytest.mark.megatron] if name in EVERY_VERSION else []
-    if name in STATES:
-        marks.append(pytest.mark.xfail(strict=True, reason=STATES[name]))
-    return marks
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +20,13 @@ def start(tmp_path_factory):
     return once(tmp_path_factory, "gradients-start", write_start)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=_marks(name)) for name in CASES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.megatron] if name in EVERY_VERSION else [])
+        for name in CASES
+    ],
+)
 def test_one_process_s(start, ranks, tmp_path, tmp_path_factory, name):
     case = CASES[name]
     found = hold(
@@ -56,3 +39,15 @@ def test_one_process_s(start, ranks, tmp_path, tmp_path_factory, name):
     assert found.change.difference < 1e-3, found
     assert found.log.difference < 1e-5, found
     assert found.norm < 1e-5, found
+
+
+def test_figures_are_of_these_cases():
+    """`python tools/gradients.py` measures them again."""
+    tool = Path(__file__).parents[2] / "tools" / "gradients.py"
+    spec = importlib.util.spec_from_file_location("gradients_tool", tool)
+    gradients = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gradients)
+    rows = gradients.rows()
+    assert {row["case"] for row in rows} == set(CASES)
+    assert gradients.document(rows) == gradients.DOCUMENT.read_text()
+    assert not any(row["missing"] for row in rows)
