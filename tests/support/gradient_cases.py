@@ -140,7 +140,7 @@ def _cases() -> dict[str, Case]:
     add("data parallel", "no token of one rank counts, overlaps", **sharded, **first_half)
     add("expert parallel", "distributed optimizer, no token of one rank", **sharded, **first_half)
     add("pp2 and dp2", "distributed optimizer, overlaps, per token", **sharded, **sft, samples=8)
-    for layout in ("tp2 with sequence parallelism", "virtual pipeline", "data parallel"):
+    for layout in ("virtual pipeline", "data parallel"):
         add(layout, "packed", documents="packed")
     for layout in ("one process", "tp2 with sequence parallelism", "pipeline"):
         add(layout, "packed in padded slots", documents="slots")
