@@ -59,6 +59,8 @@ class Case:
         per_token: whether a token counts alike in all micro-batches.
         mask: the tokens that do not count: none, "prompts" of each sample, "all but the last n/8"
             of each, or "first half of the samples".
+        own_loss: of the logits, as trainers for reinforcement learning have theirs: the model gets
+            no labels.
         samples: each a micro-batch; under data parallelism each rank has its part of them.
         documents: none, "packed", or in padded "slots".
         balancing: with both balancing losses and updates of the router's bias.
@@ -72,6 +74,7 @@ class Case:
     overrides: dict[str, Any] = field(default_factory=dict)
     per_token: bool = False
     mask: str = ""
+    own_loss: bool = False
     samples: int = 4
     documents: str = ""
     balancing: bool = False
@@ -96,6 +99,7 @@ class Case:
             "one process",
             per_token=self.per_token,
             mask=self.mask,
+            own_loss=self.own_loss,
             samples=self.samples,
             documents="packed" if self.documents else "",
             balancing=self.balancing,
@@ -134,6 +138,8 @@ def _cases() -> dict[str, Case]:
     for eighths in (1, 3):
         mask = f"all but the last {eighths}/8"
         add("context parallel", f"{mask} masked, per token", per_token=True, mask=mask)
+    add("context parallel", "own loss of the logits", own_loss=True)
+    add("context parallel", "own loss, prompts masked, per token", **sft, own_loss=True)
     sharded = {"distributed_optimizer": True, "overlap": True}
     first_half = {"per_token": True, "mask": "first half of the samples"}
     add("data parallel", "distributed optimizer, overlaps", **sharded, balancing=True)

@@ -228,7 +228,11 @@ class Run:
         ]
         group = parallel_state.get_context_parallel_group()
         return [
-            {"seq_length": batch["tokens"].shape[1], **_share(batch, group.rank(), group.size())}
+            {
+                "seq_length": batch["tokens"].shape[1],
+                "own_loss": self.spec["own_loss"],
+                **_share(batch, group.rank(), group.size()),
+            }
             for batch in batches
         ]
 
@@ -271,11 +275,16 @@ def _forward_step(iterator: Iterator[dict[str, Any]], model: torch.nn.Module) ->
         batch["tokens"],
         batch["position_ids"],
         None,
-        labels=batch["labels"],
+        labels=None if batch["own_loss"] else batch["labels"],
         loss_mask=batch["loss_mask"],
         **({"packed_seq_params": packed} if packed else {}),
     )
-    return output, partial(_loss, batch["loss_mask"])
+    loss = partial(_loss, batch["loss_mask"])
+    if not batch["own_loss"]:
+        return output, loss
+    return output, lambda logits: loss(
+        torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
+    )
 
 
 def _loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> Any:
