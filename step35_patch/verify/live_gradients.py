@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from step35_patch.checkpoint import published_tensors_of
+from step35_patch.model.live_weights import entries_of
+from step35_patch.model.training_state import unwrap
 
 
 def published_gradients(chunks: Sequence[Any]) -> dict[str, Tensor]:
@@ -24,30 +24,22 @@ def published_gradients(chunks: Sequence[Any]) -> dict[str, Tensor]:
     Returns:
         Copies, in the published shapes and the dtype of `main_grad`. Router biases have none.
     """
-    for chunk in chunks:
-        if chunk.ddp_config.use_distributed_optimizer:
-            _gather(chunk)
-    with torch.no_grad(), _as_weights(chunks):
-        return {
-            name: tensor.clone()
-            for name, tensor in published_tensors_of(chunks)
-            if not name.endswith("router_bias")
-        }
+    gradients: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for chunk in chunks:
+            if chunk.ddp_config.use_distributed_optimizer:
+                _gather(chunk)
+            model, _ = unwrap(chunk)
+            for entry in entries_of(model, model.step35, _gradient):
+                if hasattr(entry.parameter, "main_grad"):  # router biases have none
+                    gradients |= {name: tensor.clone() for name, tensor in entry.save()}
+    return gradients
 
 
-@contextmanager
-def _as_weights(chunks: Sequence[Any]) -> Iterator[None]:
-    """Let each parameter's data be its gradient."""
-    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-    weights = [parameter.data for parameter in parameters]
-    try:
-        for parameter in parameters:
-            # A copy: what is published of an expanded gate is made equal in place.
-            parameter.data = parameter.main_grad.clone()
-        yield
-    finally:
-        for parameter, weight in zip(parameters, weights, strict=True):
-            parameter.data = weight
+def _gradient(parameter: Any) -> Tensor:
+    # A copy: what is saved of an expanded gate is made equal in place.
+    gradient: Tensor = parameter.main_grad
+    return gradient.clone()
 
 
 def _gather(chunk: Any) -> None:
