@@ -244,14 +244,15 @@ def _write_weights(config: Step35Config, folder: Path) -> None:
     from safetensors.torch import save_file
 
     from step35_patch.tensors.published import published_tensors
+    from step35_patch.tensors.table import EMBEDDING
 
     generator = torch.Generator().manual_seed(1)
     weights = {}
     for info in published_tensors(config):
         noise = torch.randn(info.shape, generator=generator)
-        if info.name.endswith(("norm.weight", "router_bias")):
+        if len(info.shape) == 1:  # norms and routers' biases
             noise *= 0.1
-        elif "embed_tokens" not in info.name:
+        elif info.name != EMBEDDING:
             noise /= info.shape[-1] ** 0.5
         weights[info.name] = noise
     save_file(weights, folder / "model.safetensors")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from step35_patch.config.errors import ranges
 from step35_patch.config.layer_plan import SLIDING_ATTENTION, LayerPlan
 from step35_patch.config.model import Step35Config
+from step35_patch.config.quantization import QUANTIZATION_FIELDS
 
 # Attributes of the arguments that a checkpoint carries.
 FINGERPRINT, DOCUMENT = "step35_fingerprint", "step35_config_document"
@@ -146,8 +147,14 @@ class Comparison:
 
 
 def recorded(config: Step35Config) -> dict[str, str]:
-    """What a checkpoint of a config carries of it, by the names of the arguments."""
-    document = json.dumps(config.to_dict(), sort_keys=True, separators=(",", ":"))
+    """What a checkpoint of a config carries of it, by the names of the arguments.
+
+    How the weights were stored that it was made from is nothing of the model's.
+    """
+    fields = {
+        name: value for name, value in config.to_dict().items() if name not in QUANTIZATION_FIELDS
+    }
+    document = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return {FINGERPRINT: config.fingerprint, DOCUMENT: document}
 
 

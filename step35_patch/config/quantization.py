@@ -12,6 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Fields of a config by which programs take weights for quantised, at whatever level they stand.
+QUANTIZATION_FIELDS = (
+    "quantization_config",
+    "compression_config",  # compressed-tensors' older name
+    "quantization",  # MLX writes both
+    "_pre_quantization_dtype",
+)
 # Where it may stand: the file, and the field in it.
 _PLACES = (
     ("config.json", "quantization_config"),

@@ -15,16 +15,10 @@ from typing import Any
 import torch
 
 from step35_patch.config.model import Step35Config
+from step35_patch.config.quantization import QUANTIZATION_FIELDS
 from step35_patch.tensors.published import SAFETENSORS_DTYPES
 
 _DTYPE_FIELDS = ("torch_dtype", "dtype")  # dtype is transformers' newer name
-# Fields by which programs take weights for quantised, at whatever level they stand.
-_QUANTIZATION_FIELDS = (
-    "quantization_config",
-    "compression_config",  # compressed-tensors' older name
-    "quantization",  # MLX writes both
-    "_pre_quantization_dtype",
-)
 
 # Files of a folder in the published layout that are not copied to another with other tensors.
 _WEIGHTS = (
@@ -90,7 +84,7 @@ def _of_plain_weights(value: Any, dtype: str) -> Any:
         if name in _DTYPE_FIELDS and isinstance(entry, str)
         else _of_plain_weights(entry, dtype)
         for name, entry in value.items()
-        if name not in _QUANTIZATION_FIELDS
+        if name not in QUANTIZATION_FIELDS
     }
 
 

@@ -18,7 +18,7 @@ from step35_patch.tensors.table import Cut, tensor_table
 
 # What only the names of tensors have in them: published ones, and the keys of Megatron checkpoints.
 NAMES = re.compile(
-    r"[qkvog]_proj|(gate|up|down)_proj|eh_proj|shared_head|share_expert\.|moe\.gate|router_bias"
+    r"[qkvog]_proj|(gate|up|down)_proj|eh_proj|shared_head|share_expert\.|moe\.gate|\brouter_bias"
     r"|lm_head|embed_tokens|word_embeddings|linear_(qkv|proj|fc1|fc2)\.|transformer_layer\."
     r"|model\.(layers|norm)\.|(decoder|mtp)\.layers\.|[qk]_norm\.|final_layernorm\."
 )
