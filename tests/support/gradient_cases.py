@@ -66,7 +66,7 @@ class Case:
         balancing: with both balancing losses and updates of the router's bias.
         embedding_ranks: whether Megatron-Core is told which stages have an embedding.
         decoupled_lr: of embedding and output matrices; none by default.
-        refusal: a pattern; a run that ends with such a message is as good as one that is right.
+        refusal: a pattern of the message with which the run must end.
         tolerance: of each gradient, as a part of its largest value.
     """
 

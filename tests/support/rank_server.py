@@ -10,6 +10,7 @@ are killed. It ends when the process PARENT has ended, or torchrun ends it.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -57,6 +58,10 @@ def fork(ask: dict[str, Any], rank: int) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
+        # Such as the manager that Megatron-Core's writer of checkpoints starts, which would stay
+        # for as long as the machine runs.
+        for child in multiprocessing.active_children():
+            child.terminate()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
