@@ -15,6 +15,7 @@ out of sys.modules and registers itself again.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 import threading
@@ -233,6 +234,12 @@ def status() -> Status:
         )
 
 
+def _has_no_module(target: Target) -> bool:
+    """Whether this Megatron-Core is known not to have a target's module; nothing is imported."""
+    package = target.module.rpartition(".")[0]
+    return package in sys.modules and importlib.util.find_spec(target.module) is None
+
+
 def _target_status(target: Target) -> TargetStatus:
     from step35_patch.patch import patcher
     from step35_patch.patch.status import TargetStatus
@@ -244,6 +251,8 @@ def _target_status(target: Target) -> TargetStatus:
         state = "off"
     elif reason:
         state = "refused"
+    elif module is None and _has_no_module(target):
+        state = "missing"
     elif module is None or target.module in _armed:
         state = "waiting"
     elif patcher.missing(module, [target]):

@@ -11,8 +11,8 @@ class TargetStatus:
         module: Megatron's module.
         attribute: Name of the callable in it.
         state: "waiting" (for the module's import), "wrapped", "missing" (this Megatron-Core has no
-            such name), "refused" (see `reason`), "replaced" (somebody else's object stands where
-            the wrapper was), or "off".
+            such module or name), "refused" (see `reason`), "replaced" (somebody else's object
+            stands where the wrapper was), or "off".
         reason: Why it was refused; else empty.
         copies: "module.name" of each copy, made before the patch, that was rebound.
     """

@@ -114,7 +114,7 @@ def test_import_before_megatron(installed, script):
         import megatron.core, megatron.training.arguments
         status = step35_patch.status()
         assert {target.state for target in waiting.targets} == {"waiting"}
-        assert {target.state for target in status.targets} == {"wrapped"}
+        assert states(status) == {"wrapped"}
         assert (status.state, status.window, status.config) == ("active", "steptron", PUBLISHED)
         assert status.megatron_version == megatron.core.__version__
         assert waiting.megatron_version is None
@@ -142,7 +142,7 @@ def test_import_after_megatron_rebinds_copies(installed, script, tmp_path):
         assert layers(build, step35=False) == STOCK
 
         status = step35_patch.status()
-        assert {target.state for target in status.targets} == {"wrapped"}
+        assert states(status) == {"wrapped"}
         (target,) = [t for t in status.targets if t.attribute == "get_gpt_decoder_block_spec"]
         assert {"__main__.build", "builders.build"} <= set(target.copies)
         assert "builders.build" in str(status)
@@ -397,6 +397,7 @@ def test_a_missing_target_is_refused(installed, script, first):
         step35_patch.activate(PUBLISHED)
         assert layers(importlib.import_module(module).get_gpt_decoder_block_spec) == OURS
         missing = [t.attribute for t in step35_patch.status().targets if t.state == "missing"]
-        assert missing == ["no_such_option"]
+        # 0.17 lacks the module of the other.
+        assert [n for n in missing if n != "MoEMetricsTracker.report"] == ["no_such_option"]
         """)
     installed.check(program)
