@@ -104,7 +104,7 @@ def _text(value: object) -> str:
     """A default without what differs between two runs, such as an address."""
     if callable(value):
         return getattr(value, "__name__", type(value).__name__)
-    return repr(getattr(value, "name", value)) if not isinstance(value, str) else repr(value)
+    return repr(getattr(value, "name", value))
 
 
 def verdict(option: Option) -> tuple[str, str]:

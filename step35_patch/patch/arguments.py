@@ -108,7 +108,7 @@ def layout_problems(args: Any, config: Step35Config) -> list[str]:
         for row, found in refused(args, Place.ARGUMENT)
     ]
     problems += [
-        f"{_OPTIONS.get(name, name)}: expected {expected}, found {found}"
+        f"{_OPTIONS[name]}: expected {expected}, found {found}"
         for name, expected, found in without_effect(args)
     ]
     problems += _attention_mask_problems(args)

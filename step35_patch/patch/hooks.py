@@ -108,6 +108,7 @@ def gpt_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) 
     if runtime is None:
         wrapped(*args, **kwargs)
         return
+    check_options(call["config"])  # by each layer too, but a stage may have none
     _check_model_arguments(call, runtime)
     call["transformer_layer_spec"] = _layer_specs(call, runtime)
     # Each layer has its own RoPE: the model-wide table would be made and never be used.
@@ -249,7 +250,6 @@ def core_transformer_config_from_args(
     settings = process.active()
     if settings is not None:
         check(config, settings.config, settings.source)
-        check_options(config)
         config.step35 = from_settings(settings)
         # Layers differ in shape: they must not be stacked into one tensor of the checkpoint.
         config.hetereogenous_dist_checkpoint = True

@@ -36,9 +36,13 @@ _SIZES = (
 )
 
 
+def sizes_of(layout: dict) -> dict[str, int]:
+    """The parallel sizes in a provider's overrides, for `initialize_model_parallel`."""
+    return {name: layout[name] for name in _SIZES if name in layout}
+
+
 def build_chunks(hf_dir: Path, layout: dict) -> list[torch.nn.Module]:
-    sizes = {name: layout[name] for name in _SIZES if name in layout}
-    initialize_megatron(int(os.environ["WORLD_SIZE"]), **sizes)
+    initialize_megatron(int(os.environ["WORLD_SIZE"]), **sizes_of(layout))
     model_parallel_cuda_manual_seed(1)
     options = {
         "transformer_impl": "local",
@@ -47,16 +51,20 @@ def build_chunks(hf_dir: Path, layout: dict) -> list[torch.nn.Module]:
         "moe_token_dispatcher_type": "alltoall",
         "variable_seq_lengths": False,
     }
-    provider = Step35ModelProvider.from_hf(hf_dir, **(options | layout))
-    chunks = []
-    for stage in range(layout.get("virtual_pipeline_model_parallel_size") or 1):
-        vp_stage = stage if layout.get("virtual_pipeline_model_parallel_size") else None
-        at = {"ignore_virtual": False, "vp_stage": vp_stage}
+    return chunks_of(Step35ModelProvider.from_hf(hf_dir, **(options | layout)))
+
+
+def chunks_of(provider: Step35ModelProvider) -> list[torch.nn.Module]:
+    """This rank's model chunks."""
+    chunks: list[torch.nn.Module] = []
+    virtual = provider.virtual_pipeline_model_parallel_size
+    for stage in range(virtual) if virtual else [None]:
+        at = {"ignore_virtual": False, "vp_stage": stage}
         chunks.append(
             provider.provide(
                 pre_process=parallel_state.is_pipeline_first_stage(**at),
                 post_process=parallel_state.is_pipeline_last_stage(**at),
-                vp_stage=vp_stage,
+                vp_stage=stage,
             )
         )
         # Megatron-Core's schedules read it from each chunk.

@@ -35,6 +35,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from step35_patch import Step35ModelProvider  # noqa: E402
 from step35_patch.checkpoint import load_hf_weights, published_tensors_of  # noqa: E402
 from step35_patch.verify.live_gradients import published_gradients  # noqa: E402
+from support.distributed_worker import chunks_of, sizes_of  # noqa: E402
 from support.ours import initialize_megatron  # noqa: E402
 
 try:  # Megatron-Core 0.18 and later
@@ -53,14 +54,6 @@ BALANCING = {
     "moe_z_loss_coeff": 0.01,
     "moe_router_bias_update_rate": 1e-3,
 }
-_SIZES = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "context_parallel_size",
-)
 
 
 def main(hf_dir: str, reference: str, out: str, spec: str) -> None:
@@ -104,13 +97,13 @@ class Run:
     def __init__(self, hf_dir: Path, spec: dict[str, Any]):
         self.spec = spec
         self.provider = provider = _provider(hf_dir, spec)
-        sizes = {name: spec["layout"][name] for name in _SIZES if name in spec["layout"]}
+        sizes: dict[str, Any] = sizes_of(spec["layout"])
         if spec["embedding_ranks"]:
             sizes["get_embedding_ranks"] = provider.embedding_ranks
         initialize_megatron(int(os.environ["WORLD_SIZE"]), **sizes)
         model_parallel_cuda_manual_seed(1)
         MTPLossLoggingHelper.tracker.clear()
-        bare = _chunks(provider)
+        bare = chunks_of(provider)
         load_hf_weights(bare, hf_dir)
         sharded, overlap = spec["distributed_optimizer"], spec["overlap"]
         how = DistributedDataParallelConfig(
@@ -250,22 +243,6 @@ def _provider(hf_dir: Path, spec: dict[str, Any]) -> Step35ModelProvider:
     if spec["balancing"]:
         options |= BALANCING
     return Step35ModelProvider.from_hf(hf_dir, **(options | spec["layout"]))
-
-
-def _chunks(provider: Step35ModelProvider) -> list[torch.nn.Module]:
-    chunks: list[torch.nn.Module] = []
-    virtual = provider.virtual_pipeline_model_parallel_size
-    for stage in range(virtual) if virtual else [None]:
-        at = {"ignore_virtual": False, "vp_stage": stage}
-        chunk = provider.provide(
-            pre_process=parallel_state.is_pipeline_first_stage(**at),
-            post_process=parallel_state.is_pipeline_last_stage(**at),
-            vp_stage=stage,
-        )
-        # Megatron-Core's schedules read it from each chunk.
-        chunk.model_type = chunks[0].model_type if chunks else chunk.model_type
-        chunks.append(chunk)
-    return chunks
 
 
 def _forward_step(iterator: Iterator[dict[str, Any]], model: torch.nn.Module) -> Any:
