@@ -110,8 +110,8 @@ _NAMES = {
         lr_decay_style lr_warmup_fraction lr_warmup_init lr_warmup_iters lr_warmup_samples
         lr_wsd_decay_iters lr_wsd_decay_samples lr_wsd_decay_style min_lr muon_coefficient_type
         muon_extra_scale_factor muon_fp32_matmul_prec muon_momentum muon_nesterov
-        muon_num_ns_steps muon_scalar_optimizer muon_scale_mode muon_split_qkv muon_tp_mode
-        muon_use_nesterov no_weight_decay_cond_type optimizer override_opt_param_scheduler
+        muon_num_ns_steps muon_scalar_optimizer muon_scale_mode muon_tp_mode muon_use_nesterov
+        no_weight_decay_cond_type override_opt_param_scheduler
         sgd_momentum start_weight_decay use_checkpoint_opt_param_scheduler warmup weight_decay
         weight_decay_incr_style
     """,
@@ -172,8 +172,7 @@ _AUTHORS = {
     "muon_nesterov": "on",
     "muon_num_ns_steps": "6",
     "muon_use_nesterov": "on",
-    "optimizer": "muon",
-    "weight_decay": "0.1, on one-dimensional weights too",
+    "weight_decay": "0.1, on one-dimensional weights too: --step35-decay-1d",
 }
 
 NEUTRAL_NAMES = {

@@ -49,12 +49,14 @@ class Entry:
     """One parameter (or buffer) of a live model and its published tensors.
 
     Attributes:
+        row: Of the table; for a routed expert's weight that of all of them.
         parameter: The parameter, this rank's part.
         load: Reads this rank's part from published tensors, in the parameter's shape.
         save: Yields the published tensors; to be called on all ranks of the tensor- and
             expert-parallel groups, because it gathers.
     """
 
+    row: Row
     parameter: Tensor
     load: Callable[[Weights], Tensor]
     save: Callable[[], Iterator[tuple[str, Tensor]]]
@@ -154,7 +156,7 @@ class _LiveModel:
             part = self.values(parameter)
             yield published.name, part if dim is None else _gather(part, dim, self.tp)
 
-        return Entry(parameter, load, save)
+        return Entry(row, parameter, load, save)
 
     def _vocabulary(self, row: Row, parameter: Tensor) -> Entry:
         """Cut by rows, which Megatron-Core pads; the padding is zero and is not published."""
@@ -168,7 +170,7 @@ class _LiveModel:
         def save() -> Iterator[tuple[str, Tensor]]:
             yield published.name, _gather(self.values(parameter), 0, self.tp)[: published.shape[0]]
 
-        return Entry(parameter, load, save)
+        return Entry(row, parameter, load, save)
 
     def _qkv(self, row: Row, parameter: Tensor, layer: Step35DecoderLayer) -> Entry:
         attention, plan = layer.self_attention, layer.plan
@@ -190,7 +192,7 @@ class _LiveModel:
                 if part is not None:
                     yield name, part
 
-        return Entry(parameter, load, save)
+        return Entry(row, parameter, load, save)
 
     def _stacked(self, row: Row, parameter: Tensor) -> Entry:
         """Each rank has its part of each published tensor, one below the other."""
@@ -203,7 +205,7 @@ class _LiveModel:
             for name, part in zip(names, self.values(parameter).chunk(len(names)), strict=True):
                 yield name, _gather(part, 0, self.tp)
 
-        return Entry(parameter, load, save)
+        return Entry(row, parameter, load, save)
 
     def _experts(self, row: Row, layer: Step35DecoderLayer) -> Iterator[Entry]:
         """A weight of this rank's routed experts; published as one tensor for all experts."""
@@ -231,7 +233,7 @@ class _LiveModel:
             # All experts make up one published tensor: the first entry saves it.
             first = position == 0
             loads = functools.partial(load, expert=expert)
-            yield Entry(parameters[position], loads, save if first else nothing)
+            yield Entry(row, parameters[position], loads, save if first else nothing)
 
 
 def _expert_weight(experts: Any, linear: str, position: int) -> Tensor:

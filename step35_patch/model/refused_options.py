@@ -2,14 +2,16 @@
 
 Each would compute something else than Step-3.5 does, skip the layer's own RoPE, window, gate or
 clamp without a word, or do nothing. What a training run may change is in
-`step35_patch.model.named_options`; docs/options.md has all options. Three places read the table:
+`step35_patch.model.named_options`; docs/options.md has all options. Four places read the table:
 the arguments (`step35_patch.patch.arguments`), the TransformerConfig of the provider and of each
-layer (`step35_patch.model.layer`), and the core attention on torch
-(`step35_patch.model.core_attention`). No torch is needed.
+layer (`step35_patch.model.layer`), the core attention on torch
+(`step35_patch.model.core_attention`), and the optimizer (`step35_patch.model.muon`). No torch is
+needed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Flag, auto
@@ -22,6 +24,7 @@ class Place(Flag):
     ARGUMENT = auto()  # on the command line
     CONFIG = auto()  # in the TransformerConfig of a layer
     TORCH_ATTENTION = auto()  # in that of `Step35DotProductAttention`, whatever layer it is in
+    OPTIMIZER = auto()  # in the OptimizerConfig of the optimizer that trains the model
 
 
 BOTH = Place.ARGUMENT | Place.CONFIG
@@ -32,8 +35,9 @@ class RefusedOption:
     """An option with its legal values.
 
     Attributes:
-        name: The field of TransformerConfig, which is also the attribute of the parsed arguments
-            and, with dashes, the option. One that a Megatron-Core lacks cannot be set.
+        name: The field of TransformerConfig or OptimizerConfig, which is also the attribute of the
+            parsed arguments and, with dashes, the option. One that a Megatron-Core lacks cannot be
+            set.
         legal: Its legal values, first the one to have.
         reason: Why others are refused, in a few words.
         places: Where it is refused: not on the command line if there is no such argument, not in
@@ -69,6 +73,7 @@ _SWIGLU = "Step-3.5's activation is SwiGLU"
 _ONE_WEIGHT = "the published layout has no name for the experts' one weight"
 
 _ARGUMENT, _CONFIG, _TORCH = Place.ARGUMENT, Place.CONFIG, Place.TORCH_ATTENTION
+_OPTIMIZER = Place.ARGUMENT | Place.OPTIMIZER
 
 REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
     RefusedOption("use_rope_scaling", (False,), _BY_LAYER, _ARGUMENT),
@@ -166,6 +171,19 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
         "layers' own matrices",
     ),
     RefusedOption("use_mup", (False,), "it scales layers by their width, and Step-3.5 does not"),
+    RefusedOption(
+        "optimizer",
+        ("adam", "sgd", "lion", "muon", "dist_muon"),
+        "another one goes by Megatron-Core's merged weights as if each were one matrix",
+        _OPTIMIZER,
+    ),
+    # On the command line it is --muon-no-split-qkv.
+    RefusedOption(
+        "muon_split_qkv",
+        (True,),
+        "q, k, v and g are published apart, and each has an update of its own",
+        _OPTIMIZER,
+    ),
     # It changes no result, but would have no effect.
     RefusedOption(
         "apply_query_key_layer_scaling",
@@ -177,6 +195,20 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
     RefusedOption("fp8_dot_product_attention", (False,), _INPUT_DTYPE, _TORCH),
     RefusedOption("fp8_multi_head_attention", (False,), _INPUT_DTYPE, _TORCH),
 )
+
+
+def missing_for(optimizer: str) -> str | None:
+    """What a kind of optimizer needs and is not installed, with how to get it; or None.
+
+    Args:
+        optimizer: `OptimizerConfig.optimizer`, or --optimizer.
+    """
+    if "muon" not in optimizer or importlib.util.find_spec("emerging_optimizers") is not None:
+        return None
+    return (
+        f"{optimizer} needs the package emerging-optimizers, which is not installed: pip install "
+        "'step35-patch[muon]' (or pip install emerging-optimizers)"
+    )
 
 
 def without_effect(settings: Any) -> Iterator[tuple[str, str, object]]:

@@ -73,7 +73,7 @@ class TrainingState:
 
     def __init__(self, model: Sequence[torch.nn.Module], optimizer: Optimizer | None):
         self.optimizer = optimizer
-        self._parts = list(_parts(optimizer))
+        self._parts = list(parts_of(optimizer))
         self._parameters: dict[str, Tensor] = {}
         wrappers = [part for p in self._parts for part in getattr(p, "model_chunks", ())]
         for number, wrapped in enumerate(model):
@@ -168,7 +168,7 @@ class TrainingState:
                 "optimizer=, or load before get_megatron_optimizer"
             )
         for part in self._parts:
-            if _keeps_masters_to_itself(part) and _inner(part).state:
+            if _keeps_masters_to_itself(part) and inner_optimizer(part).state:
                 raise ValueError(
                     "optimizer: the precision-aware optimizer has masters of its own since its "
                     "first step, and cannot be told of new weights; load before that step, or "
@@ -182,13 +182,13 @@ class TrainingState:
             reload()
         with torch.no_grad():
             for part in self._parts:
-                if not isinstance(_inner(part), HybridDeviceOptimizer):
+                if not isinstance(inner_optimizer(part), HybridDeviceOptimizer):
                     continue
                 # Megatron tells only the fp32 copies of what is in 16 bits: neither fp32 shards
                 # nor copies on the CPU of what is in fp32.
                 for parameter, shard, start in _float16_shards(part):
                     shard.data.copy_(parameter.data.view(-1)[start : start + shard.numel()])
-                for outer, inner in _inner(part).param_to_inner_param.items():
+                for outer, inner in inner_optimizer(part).param_to_inner_param.items():
                     inner.data.copy_(outer)
 
     def masters(self) -> Callable[[Tensor], Tensor]:
@@ -235,17 +235,17 @@ class TrainingState:
         return values
 
 
-def _parts(optimizer: Any) -> Iterator[Any]:
+def parts_of(optimizer: Any) -> Iterator[Any]:
     """The optimizers that a chained one is made of, without those that have no parameters."""
     chained = getattr(optimizer, "chained_optimizers", None)
     if chained is not None:
         for part in chained:
-            yield from _parts(part)
+            yield from parts_of(part)
     elif optimizer is not None and not getattr(optimizer, "is_stub_optimizer", False):
         yield optimizer
 
 
-def _inner(part: Any) -> Any:
+def inner_optimizer(part: Any) -> Any:
     """The torch optimizer in one of Megatron's; None if `part` is torch's own."""
     return getattr(part, "optimizer", None)
 
@@ -264,7 +264,7 @@ def _keeps_masters_to_itself(part: Any) -> bool:
     return (
         isinstance(part, DistributedOptimizer)
         and part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-        and not isinstance(_inner(part), HybridDeviceOptimizer)
+        and not isinstance(inner_optimizer(part), HybridDeviceOptimizer)
     )
 
 
@@ -307,7 +307,9 @@ def _masters(part: Any) -> Iterator[tuple[Tensor, _Master]]:
         for parameter in _trained(part):
             if parameter.dtype != torch.float32:
                 yield parameter, _Master(None, group=part.data_parallel_group)
-        inner = getattr(_inner(part), "param_to_inner_param", {})  # HybridDeviceOptimizer's
+        inner = getattr(
+            inner_optimizer(part), "param_to_inner_param", {}
+        )  # HybridDeviceOptimizer's
         for parameter, shard, start in _float16_shards(part):
             yield parameter, _Master(inner.get(shard, shard), start, part.data_parallel_group)
 

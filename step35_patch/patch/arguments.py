@@ -9,7 +9,7 @@ from typing import Any
 from step35_patch.arguments import megatron_options
 from step35_patch.config.model import Step35Config
 from step35_patch.model.megatron_fields import FIELDS
-from step35_patch.model.refused_options import Place, refused, without_effect
+from step35_patch.model.refused_options import Place, missing_for, refused, without_effect
 
 # Options of `megatron_options` that are a user's to choose: an explicit value wins.
 _CHOICES = {row.option for row in FIELDS if row.is_default}
@@ -111,6 +111,7 @@ def layout_problems(args: Any, config: Step35Config) -> list[str]:
         f"{_OPTIONS[name]}: expected {expected}, found {found}"
         for name, expected, found in without_effect(args)
     ]
+    problems += _optimizer_problems(args)
     problems += _attention_mask_problems(args)
     if args.transformer_impl == "inference_optimized":
         problems.append(
@@ -120,6 +121,19 @@ def layout_problems(args: Any, config: Step35Config) -> list[str]:
     problems += _parallel_size_problems(args, config)
     if args.context_parallel_size > 1:
         problems += _context_parallel_problems(args, config)
+    return problems
+
+
+def _optimizer_problems(args: Any) -> list[str]:
+    problems = []
+    if (missing := missing_for(args.optimizer)) is not None:
+        problems.append(f"--optimizer: {missing}")
+    if args.step35_decay_1d and not (args.weight_decay or args.end_weight_decay):
+        problems.append("--step35-decay-1d: expected a --weight-decay with it, found 0")
+    if args.step35_decay_1d and args.apply_wd_to_qk_layernorm:
+        problems.append(
+            "--apply-wd-to-qk-layernorm: expected none with --step35-decay-1d, which covers it"
+        )
     return problems
 
 

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from step35_patch import settings as process
 from step35_patch.config.comparison import ACCEPTED
 from step35_patch.costs import megatron_reports as reports
-from step35_patch.model import mtp
+from step35_patch.model import mtp, muon
 from step35_patch.model.description import Step35Runtime, check, from_settings, runtime_for
 from step35_patch.model.layer import check_options
 from step35_patch.model.padded_vocabulary import mask_padded_columns
@@ -173,6 +173,40 @@ def process_mtp_loss(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
         call["packed_seq_params"] = mtp.by_slots(call["packed_seq_params"])
     mtp.share_of_the_tokens(call)
     return wrapped(**call)
+
+
+def get_megatron_optimizer(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The optimizer of a model's chunks; Muon takes the published matrices one at a time."""
+    call = _bind(wrapped, args, kwargs)
+    chunks = muon.step35_chunks(call["model_chunks"])
+    if chunks:
+        muon.check_optimizer(call["config"])
+    optimizer = wrapped(*args, **kwargs)
+    muon.by_published_matrix(optimizer, chunks)
+    return optimizer
+
+
+def get_megatron_muon_optimizer(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """The same of 0.17's; that of later releases hands everything on to the other one."""
+    if "model_chunks" in inspect.signature(wrapped).parameters:
+        return get_megatron_optimizer(wrapped, instance, args, kwargs)
+    return wrapped(*args, **kwargs)
+
+
+def get_megatron_optimizer_config(
+    wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+) -> Any:
+    """Megatron's (OptimizerConfig, overrides for some parameters) for its arguments."""
+    config, overrides = wrapped(*args, **kwargs)
+    if not getattr(_bind(wrapped, args, kwargs)["args"], "step35_decay_1d", None):
+        return config, overrides
+    kept = {key: own for key, own in overrides.items() if own.get("wd_mult") != 0.0}
+    if len(kept) == len(overrides):
+        raise RuntimeError(
+            "--step35-decay-1d: expected Megatron-Core to leave parameters of one dimension out of "
+            f"the weight decay (wd_mult 0), found the overrides {overrides}"
+        )
+    return config, kept
 
 
 def parse_args(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:

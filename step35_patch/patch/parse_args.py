@@ -67,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="fields of the config in which the loaded checkpoint's may differ, of "
         f"{', '.join(MAY_CHANGE)} (STEP35_ACCEPT_CHANGED, with commas; none)",
     )
+    group.add_argument(
+        "--step35-decay-1d",
+        action="store_true",
+        default=None,
+        help="--weight-decay on parameters of one dimension too (the norms' weights, zero-centred, "
+        "which Megatron leaves out), as the authors train",
+    )
     return parser
 
 
@@ -164,7 +171,9 @@ def _activate(args: Any) -> None:
     window: str | None = getattr(args, "step35_window", None)
     padded_logits: str | None = getattr(args, "step35_padded_logits", None)
     accepted: list[str] | None = getattr(args, ACCEPTED, None)
-    if all(given is None for given in (path, gate_layout, window, padded_logits, accepted)):
+    decay_1d: bool | None = getattr(args, "step35_decay_1d", None)
+    ours = (path, gate_layout, window, padded_logits, accepted, decay_1d)
+    if all(given is None for given in ours):
         return
     settings = process.active()
     if settings is not None:
@@ -183,8 +192,8 @@ def _activate(args: Any) -> None:
         raise Step35ArgumentError(
             "none",
             [
-                "--step35-gate-layout, --step35-window, --step35-padded-logits and "
-                "--step35-accept-changed: expected a config with them, found none; give "
-                "--step35-config or STEP35_CONFIG"
+                "--step35-gate-layout, --step35-window, --step35-padded-logits, "
+                "--step35-accept-changed and --step35-decay-1d: expected a config with them, "
+                "found none; give --step35-config or STEP35_CONFIG"
             ],
         )

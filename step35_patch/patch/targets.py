@@ -49,6 +49,20 @@ TARGETS = (
     # The built model: its check, and the MTP layers' own output matrices.
     Target(_GPT_MODEL, "GPTModel.__init__", wrapper="gpt_model_init"),
     Target(_GPT_MODEL, "process_mtp_loss", wrapper="process_mtp_loss"),
+    # The optimizer: Muon, by published matrix. 0.17 makes it by a function of its own.
+    Target("megatron.core.optimizer", "get_megatron_optimizer", "get_megatron_optimizer"),
+    Target(
+        "megatron.core.optimizer.muon",
+        "get_megatron_muon_optimizer",
+        wrapper="get_megatron_muon_optimizer",
+        required=False,
+    ),
+    # Weight decay, which --step35-decay-1d extends to what has one dimension.
+    Target(
+        "megatron.training.training",
+        "get_megatron_optimizer_config",
+        wrapper="get_megatron_optimizer_config",
+    ),
     # 0.18 moved its definition to megatron.training.argument_utils; this name is in all versions.
     Target(
         "megatron.training.arguments",

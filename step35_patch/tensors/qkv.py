@@ -33,12 +33,46 @@ def pack_qkv(
     Returns:
         [heads * d + gate rows + 2 * groups * d, h] in the dtype of q.
     """
-    layout, hidden = QkvLayout.of(plan, gate_layout), q.shape[-1]
+    return join_rows(q, g, k, v, QkvLayout.of(plan, gate_layout))
+
+
+def join_rows(q: Tensor, g: Tensor | None, k: Tensor, v: Tensor, layout: QkvLayout) -> Tensor:
+    """A linear_qkv weight, whole or a rank's; inverse of `split_rows`.
+
+    Args:
+        q: [groups * heads a group * d, h].
+        g: [groups * heads a group, h], or None without a gate.
+        k: [groups * d, h].
+        v: as k.
+        layout: of that many groups.
+
+    Returns:
+        [rows, h] in the dtype of q.
+    """
+    hidden = q.shape[-1]
     parts = [q, k, v]
     if g is not None:
         parts.insert(1, g.repeat_interleave(layout.gate_rows, dim=0))
     by_group = [part.view(layout.groups, -1, hidden) for part in parts]
     return torch.cat(by_group, dim=1).reshape(-1, hidden)
+
+
+def split_rows(weight: Tensor, layout: QkvLayout) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """q, g (None without a gate), k and v of a linear_qkv weight or of its gradient.
+
+    Of the rows that stand for one of g_proj, the first is taken; whether the others equal it is
+    `refuse_drift`'s to say.
+
+    Args:
+        weight: [rows, h], whole or a rank's.
+        layout: of that many rows.
+    """
+    hidden = weight.shape[-1]
+    by_group = weight.view(layout.groups, -1, hidden)
+    q, _, k, v = (part.reshape(-1, hidden) for part in by_group.split(layout.sections, dim=1))
+    if not layout.gate_rows:
+        return q, None, k, v
+    return q, gate_rows(weight, layout)[:, :, 0].reshape(-1, hidden), k, v
 
 
 def unpack_qkv(
@@ -55,14 +89,11 @@ def unpack_qkv(
     Raises:
         DriftedGateError: the `expanded` rows of a head are not all equal.
     """
-    layout, hidden = QkvLayout.of(plan, gate_layout), weight.shape[-1]
-    by_group = weight.view(layout.groups, -1, hidden)
-    q, _, k, v = (part.reshape(-1, hidden) for part in by_group.split(layout.sections, dim=1))
-    if gate_layout is None:
-        return q, k, v, None
-    gate = gate_rows(weight, layout)
-    refuse_drift(gate, name)
-    return q, k, v, gate[:, :, 0].reshape(-1, hidden)
+    layout = QkvLayout.of(plan, gate_layout)
+    q, g, k, v = split_rows(weight, layout)
+    if g is not None:
+        refuse_drift(gate_rows(weight, layout), name)
+    return q, k, v, g
 
 
 def gate_rows(weight: Tensor, layout: QkvLayout) -> Tensor:

@@ -17,6 +17,7 @@ from step35_patch.model.refused_options import REFUSED_OPTIONS, Place
 
 pytestmark = pytest.mark.megatron
 
+from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "options.py"
@@ -111,6 +112,7 @@ def test_refused_options_are_known_where_they_are_refused(parser):
         Place.ARGUMENT: arguments,
         Place.CONFIG: set(TransformerConfig.__dataclass_fields__),
         Place.TORCH_ATTENTION: set(TransformerConfig.__dataclass_fields__),
+        Place.OPTIMIZER: set(OptimizerConfig.__dataclass_fields__),
     }
     for place, names in known.items():
         wanted = {row.name for row in REFUSED_OPTIONS if place in row.places}

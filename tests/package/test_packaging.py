@@ -40,7 +40,8 @@ def test_wheel_contents(wheel):
     assert top == STARTUP | {"step35_patch", f"step35_patch-{metadata['Version']}.dist-info"}
     assert metadata["Name"] == "step35-patch"
     assert metadata["License"] == "Apache-2.0" or metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"training", "te", "reference", "dev"}
+    extras = {"training", "te", "muon", "reference", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
 
 
 @pytest.mark.slow

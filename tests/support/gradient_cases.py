@@ -66,6 +66,7 @@ class Case:
         balancing: with both balancing losses and updates of the router's bias.
         embedding_ranks: whether Megatron-Core is told which stages have an embedding.
         decoupled_lr: of embedding and output matrices; none by default.
+        optimizer: fields of OptimizerConfig; Adam by default.
         refusal: a pattern of the message with which the run must end.
         tolerance: of each gradient, as a part of its largest value.
     """
@@ -82,6 +83,7 @@ class Case:
     overlap: bool = False
     embedding_ranks: bool = True
     decoupled_lr: float | None = None
+    optimizer: dict[str, Any] = field(default_factory=dict)
     refusal: str | None = None
     tolerance: float = 1e-5
 

@@ -25,7 +25,7 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig  # noqa: E402
 from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
@@ -36,7 +36,7 @@ from step35_patch import Step35ModelProvider  # noqa: E402
 from step35_patch.checkpoint import load_hf_weights, published_tensors_of  # noqa: E402
 from step35_patch.verify.live_gradients import published_gradients  # noqa: E402
 from support.distributed_worker import chunks_of, sizes_of  # noqa: E402
-from support.ours import initialize_megatron  # noqa: E402
+from support.ours import initialize_megatron, make_optimizer  # noqa: E402
 
 try:  # Megatron-Core 0.18 and later
     from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
@@ -47,7 +47,7 @@ STEPS, LENGTH = 3, 48
 # Documents of one sample, and the slots that they are padded to; each sample begins elsewhere.
 DOCUMENTS, SLOTS = (13, 20, 7), (16, 24, 8)
 # An epsilon that does not magnify the rounding of gradients near zero.
-LEARNING_RATE, EPS, CLIP = 1e-3, 1e-4, 1.0
+LEARNING_RATE, EPS, CLIP, WEIGHT_DECAY = 1e-3, 1e-4, 1.0, 0.1
 BALANCING = {
     "moe_router_load_balancing_type": "seq_aux_loss",
     "moe_aux_loss_coeff": 0.05,
@@ -119,34 +119,34 @@ class Run:
         for chunk in self.chunks:
             chunk.train()
         decoupled = spec["decoupled_lr"]
-        self.optimizer = get_megatron_optimizer(
+        learning_rate = spec["optimizer"].get("lr", LEARNING_RATE)
+        self.optimizer = make_optimizer(
             OptimizerConfig(
-                optimizer="adam",
-                lr=LEARNING_RATE,
                 min_lr=0.0,
-                weight_decay=0.1,
+                weight_decay=WEIGHT_DECAY,
                 adam_eps=EPS,
                 clip_grad=CLIP,
                 params_dtype=torch.float32,
                 use_distributed_optimizer=sharded,
                 overlap_param_gather=overlap,
+                **({"optimizer": "adam", "lr": learning_rate} | spec["optimizer"]),
                 **({"decoupled_lr": decoupled, "decoupled_min_lr": 0.0} if decoupled else {}),
             ),
             self.chunks,
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = (group.get("max_lr") if decoupled else None) or LEARNING_RATE
+            group["lr"] = (group.get("max_lr") if decoupled else None) or learning_rate
         # As Megatron's training loop does.
         provider.finalize_model_grads_func = finalize_model_grads
         if overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             provider.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
-    def train(self) -> dict[str, Any]:
+    def train(self, steps: int = STEPS) -> dict[str, Any]:
         """Gradients of the first step, logs of all, changes of the weights over all."""
         start = self._published()
         batches, logs, gradients = self._batches(), [], {}
-        for number in range(STEPS):
+        for number in range(steps):
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,6 +38,23 @@ def build(hf_dir: Path, **overrides) -> torch.nn.Module:
     model = provider.provide()
     load_hf_weights(model, hf_dir)
     return model
+
+
+def make_optimizer(config: Any, chunks: list[torch.nn.Module], **options: Any) -> Any:
+    """As megatron.training makes it: before Megatron-Core 0.18, Muon has a function of its own.
+
+    Args:
+        config: an OptimizerConfig.
+        chunks: of the model, in DistributedDataParallel.
+        options: more arguments of Megatron-Core's functions.
+    """
+    from megatron.core.optimizer import get_megatron_optimizer, muon
+
+    of_its_own = "model_chunks" in inspect.signature(muon.get_megatron_muon_optimizer).parameters
+    if "muon" not in config.optimizer or not of_its_own:
+        return get_megatron_optimizer(config, chunks, **options)
+    layer_wise = {"layer_wise_distributed_optimizer": "dist" in config.optimizer}
+    return muon.get_megatron_muon_optimizer(config, chunks, **layer_wise, **options)
 
 
 def run(
