@@ -128,6 +128,15 @@ def _optimizer_problems(args: Any) -> list[str]:
     problems = []
     if (missing := missing_for(args.optimizer)) is not None:
         problems.append(f"--optimizer: {missing}")
+    # Releases with this argument make the optimizer of a rank's own matrices of two that need it.
+    layer_wise = args.optimizer == "dist_muon" or (
+        args.optimizer == "muon" and args.use_distributed_optimizer
+    )
+    if layer_wise and hasattr(args, "use_layer_wise_param_layout") and not args.bf16:
+        problems.append(
+            f"--optimizer {args.optimizer}: expected --bf16 with a distributed optimizer, which "
+            "Megatron-Core's Muon cannot make in fp32; leave out --use-distributed-optimizer"
+        )
     if args.step35_decay_1d and not (args.weight_decay or args.end_weight_decay):
         problems.append("--step35-decay-1d: expected a --weight-decay with it, found 0")
     if args.step35_decay_1d and args.apply_wd_to_qk_layernorm:

@@ -78,6 +78,14 @@ _LINE = re.compile(
 _MTP = re.compile(r"mtp_\d+ loss: (\S+)")
 
 
+# The authors' Muon, in fp32, and their weight decay.
+MUON = """
+    --optimizer muon --muon-momentum 0.95 --muon-coefficient-type polar_express
+    --muon-num-ns-steps 6 --muon-scale-mode spectral --muon-extra-scale-factor 0.2
+    --muon-tp-mode duplicated --muon-fp32-matmul-prec high --step35-decay-1d
+    """.split()
+
+
 @dataclass(frozen=True)
 class Iteration:
     """What Megatron logged of one: losses in nats a token, the gradients' norm before clipping."""

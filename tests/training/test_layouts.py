@@ -16,6 +16,7 @@ from support import layout_runs
 from support.layout_runs import (
     ITERATIONS,
     LAYOUTS,
+    MUON,
     ForkedRuns,
     Iteration,
     arguments,
@@ -93,6 +94,64 @@ def test_layout(start, train, name):
     launch = run if name in TORCHRUN else train
     output = launch(start.config, *arguments(), *start.load(), *layout.split(), processes=processes)
     assert_same_training(iterations(output), start.expected)
+
+
+@pytest.fixture(scope="module")
+def muon(tmp_path_factory, start, train):
+    """What the run with one process logs with Muon."""
+
+    def make(folder: Path) -> None:
+        output = train(start.config, *arguments(), *start.load(), *MUON)
+        (folder / "log").write_text(output)
+
+    return iterations((once(tmp_path_factory, "muon", make) / "log").read_text())
+
+
+@pytest.mark.parametrize(
+    "name",
+    # Megatron-Core's Muon knows its distributed optimizer in bf16 only: see below.
+    [
+        pytest.param(n, marks=[every_version] if n in EVERY_VERSION else [])
+        for n in LAYOUTS
+        if n != "dp2, distributed optimizer"
+    ]
+    + ["dp2"],
+)
+def test_layout_with_muon(start, train, muon, name):
+    processes, layout = (LAYOUTS | {"dp2": (2, "")})[name]
+    words = [*arguments(), *start.load(), *MUON, *layout.split()]
+    found = iterations(train(start.config, *words, processes=processes))
+    assert_same_training(found, muon)
+    assert abs(muon[ITERATIONS].loss / start.expected[ITERATIONS].loss - 1) > 1e-3
+
+
+@every_version
+def test_muon_resumes_bit_for_bit(start, train, tmp_path):
+    """Its momenta too; saved and loaded under TP2."""
+    half, saved = ITERATIONS // 2, tmp_path / "saved"
+    words = [*LAYOUTS["tp2"][1].split(), *MUON, *arguments(), "--save-interval", str(half)]
+    train(start.config, *words, *start.load(), "--save", str(saved), processes=2)
+    resume = ["--load", str(saved), "--ckpt-step", str(half), "--exit-on-missing-checkpoint"]
+    train(start.config, *words, *resume, "--save", str(tmp_path / "again"), processes=2)
+    found = checkpoint_tensors(tmp_path / "again", ITERATIONS)
+    wanted = checkpoint_tensors(saved, ITERATIONS)
+    momenta = [name for name in wanted if "momentum_buffer" in name]
+    assert any("linear_qkv" in name for name in momenta)
+    assert any("experts" in name for name in momenta)
+    assert set(found) == set(wanted)
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def test_muon_of_a_distributed_optimizer(start, train):
+    """Megatron-Core's layer-wise one: each rank has the whole of some matrices."""
+    words = [*arguments(), *start.load(), *MUON, "--bf16"]
+    wanted = iterations(train(start.config, *words, processes=2))
+    distributed = ["--use-distributed-optimizer", "--overlap-grad-reduce"]
+    distributed += ["--overlap-param-gather"]
+    found = iterations(train(start.config, *words, *distributed, processes=2))
+    # Sums of bf16 gradients are taken in another order.
+    for number, wanted_iteration in wanted.items():
+        assert abs(found[number].loss / wanted_iteration.loss - 1) < 2e-4, number
 
 
 @every_version
