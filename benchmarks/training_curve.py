@@ -1,10 +1,11 @@
-"""A training of 200 iterations, ours against transformers' Step3p7 with torch's AdamW.
+"""Training, ours against transformers' Step3p7: with AdamW, and as the authors fine-tune.
 
-    python benchmarks/training_curve.py
+    python benchmarks/training_curve.py [adam|authors]
 
-Runs `train_ours` and `train_reference` of tests/support/training_curve.py, which describes them,
-and writes results/training_curve.csv and results/training_curve.png: both losses, those of the MTP
-layers, and the largest relative difference of any of them, by iteration.
+Runs `train_ours` and `train_reference` of tests/support/training_curve.py, which describes them:
+200 iterations with torch's AdamW as the reference's optimizer, 100 of packed documents with an
+independent Muon. Writes results/training_curve*.csv and .png: both losses, those of the MTP layers,
+and the largest relative difference of any of them, by iteration.
 
 It covers a tiny model with every feature of Step-3.5 in fp32 on the CPU, Megatron-Core's optimizer,
 clipping and MTP losses. It says nothing about speed, about other precisions, or about the size at
@@ -25,26 +26,42 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
-STEPS = 200
+TITLE = "A tiny Step-3.5, trained by Megatron-Core and by transformers + torch "
 
 
-def main() -> None:
+def main(*names: str) -> None:
     if not torch.cuda.is_available():
         from step35_patch import cpu
 
         cpu.install()
     torch.set_num_threads(1)  # matrices this small are not worth sharing
 
-    from support.training_curve import differences, train_ours, train_reference, write_folder
+    from support.training_curve import (
+        ADAM,
+        AUTHORS,
+        differences,
+        train_ours,
+        train_reference,
+        write_folder,
+    )
 
-    with tempfile.TemporaryDirectory() as folder:
-        hf_folder, config, weights = write_folder(Path(folder, "hf"))
-        _, ours = train_ours(hf_folder, STEPS)
-        theirs = train_reference(config, weights, STEPS)
-    apart = differences(ours, theirs)
-    _write_csv(HERE / "results" / "training_curve.csv", ours, theirs, apart)
-    _plot(HERE / "results" / "training_curve.png", ours, theirs, apart)
-    print(f"loss {ours[0].loss:.3f} -> {ours[-1].loss:.3f}, largest difference {max(apart):.2g}")
+    runs = {
+        "adam": (ADAM, 200, "training_curve", "AdamW"),
+        "authors": (AUTHORS, 100, "training_curve_authors", "Muon, packed documents"),
+    }
+    for name in names or runs:
+        recipe, steps, file, optimizer = runs[name]
+        with tempfile.TemporaryDirectory() as folder:
+            hf_folder, config, weights = write_folder(Path(folder, "hf"))
+            _, ours = train_ours(recipe, hf_folder, steps)
+            theirs = train_reference(recipe, config, weights, steps)
+        apart = differences(ours, theirs)
+        _write_csv(HERE / "results" / f"{file}.csv", ours, theirs, apart)
+        _plot(HERE / "results" / f"{file}.png", TITLE + optimizer, ours, theirs, apart)
+        print(
+            f"{name}: loss {ours[0].loss:.3f} -> {ours[-1].loss:.3f}, largest difference "
+            f"{max(apart):.2g}"
+        )
 
 
 def _versions() -> str:
@@ -76,7 +93,7 @@ def _write_csv(path: Path, ours, theirs, apart) -> None:
             writer.writerow([step, *numbers, f"{difference:.3g}"])
 
 
-def _plot(path: Path, ours, theirs, apart) -> None:
+def _plot(path: Path, title: str, ours, theirs, apart) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,7 +116,7 @@ def _plot(path: Path, ours, theirs, apart) -> None:
         losses.plot(steps, wanted, color=f"C{colour}", lw=4, alpha=0.35, label=f"{name}, reference")
         losses.plot(steps, found, color=f"C{colour}", lw=1, label=f"{name}, step35_patch")
     losses.set_ylabel("cross entropy (nats a token)")
-    losses.set_title("A tiny Step-3.5, trained by Megatron-Core and by transformers + torch AdamW")
+    losses.set_title(title)
     losses.legend(ncols=len(lines), fontsize=8)
     relative.semilogy(steps, apart, color="C3", lw=1)
     relative.axhline(1e-3, color="grey", ls="--", lw=1, label="held by the test")
@@ -112,4 +129,4 @@ def _plot(path: Path, ours, theirs, apart) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -28,6 +28,7 @@ CASES = {
     "tp2": (2, TP2, {}),
     "pp2": (2, PP2, {}),
     "ep2": (2, EP2, {}),
+    "tp2, Muon": (2, TP2, {"optimizer": "muon"}),
     "tp2, overlap": (4, TP2, LATE),
     "pp2, overlap": (4, PP2, LATE),
     "ep2, overlap": (4, EP2, LATE | {"gather_before": True}),

@@ -1,8 +1,11 @@
 import json
+import sys
 import textwrap
 
 import pytest
 from support.installed import PUBLISHED, Installed, new_environment, wheel_environment
+
+import step35_patch
 
 # What becomes of a layer spec: the kinds of layer that a builder makes for a config.
 CHECK = f"""
@@ -62,3 +65,26 @@ def broken_config(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(PUBLISHED.read_text()) | {"head_dim": -3}))
     return path
+
+
+@pytest.fixture
+def parse(tmp_path, monkeypatch):
+    """Parses a command line as Megatron's scripts do; the first argument may be a config."""
+    from megatron.training import arguments
+
+    def parse(*words: str, config: dict | None = None, option: bool = True):
+        line = list(words)
+        if config is not None:
+            path = tmp_path / "config.json"
+            path.write_text(json.dumps(config))
+            if option:
+                line += ["--step35-config", str(path)]
+            else:
+                monkeypatch.setenv("STEP35_CONFIG", str(path))
+                step35_patch.activate()
+        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *line])
+        return arguments.parse_args()
+
+    yield parse
+    monkeypatch.delenv("STEP35_CONFIG", raising=False)
+    step35_patch.activate()

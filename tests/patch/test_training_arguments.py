@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import warnings
 
 import pytest
@@ -16,29 +15,6 @@ from step35_patch.patch.agreement import Step35MismatchError, check_checkpoint
 from step35_patch.patch.parse_args import Step35ArgumentError, add_arguments
 
 pytestmark = pytest.mark.megatron
-
-
-@pytest.fixture
-def parse(tmp_path, monkeypatch):
-    """Parses a command line as Megatron's scripts do; the first argument may be a config."""
-    from megatron.training import arguments
-
-    def parse(*words: str, config: dict | None = None, option: bool = True):
-        line = list(words)
-        if config is not None:
-            path = tmp_path / "config.json"
-            path.write_text(json.dumps(config))
-            if option:
-                line += ["--step35-config", str(path)]
-            else:
-                monkeypatch.setenv("STEP35_CONFIG", str(path))
-                step35_patch.activate()
-        monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *line])
-        return arguments.parse_args()
-
-    yield parse
-    monkeypatch.delenv("STEP35_CONFIG", raising=False)
-    step35_patch.activate()
 
 
 @pytest.mark.parametrize("option", [True, False])
@@ -275,7 +251,9 @@ def test_megatron_pads_the_vocabulary_where_it_is_asked_to(parse):
 def test_own_arguments_need_a_config(parse):
     with pytest.raises(Step35ArgumentError, match="give --step35-config or STEP35_CONFIG"):
         parse("--step35-window", "steptron")
-    with pytest.raises(Step35ArgumentError, match="--step35-accept-changed: expected a config"):
+    with pytest.raises(
+        Step35ArgumentError, match="--step35-accept-changed and --step35-decay-1d: expected"
+    ):
         parse("--load", "anywhere", "--step35-accept-changed", "rope_theta")
 
 

@@ -20,7 +20,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import Float16Module
 
@@ -29,6 +29,7 @@ from step35_patch.checkpoint import load_hf_weights, save_hf_weights
 from step35_patch.model.description import runtime_for
 from step35_patch.model.live_weights import entries_of
 from step35_patch.storage.hf_folder import HfFolder
+from support.ours import make_optimizer
 
 BF16 = {"bf16": True, "params_dtype": torch.bfloat16, "pipeline_dtype": torch.bfloat16}
 
@@ -54,15 +55,14 @@ def wrap(
     chunks: list[torch.nn.Module] = [
         DistributedDataParallel(config, ddp, Float16Module(config, chunk)) for chunk in bare
     ]
-    optimizer = get_megatron_optimizer(
+    optimizer = make_optimizer(
         OptimizerConfig(
-            optimizer="adam",
             lr=0.0,
             bf16=True,
             params_dtype=torch.bfloat16,
             use_distributed_optimizer=distributed,
             overlap_param_gather=distributed,
-            **options,
+            **({"optimizer": "adam"} | options),
         ),
         chunks,
     )
