@@ -25,16 +25,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from step35_patch.model.context_parallel import Document, documents_of, fetch, plan
 from step35_patch.model.refused_options import Place, refused
 from step35_patch.model.windowed_attention import (
     attend_to_prefix,
     packed_windowed_attention,
+    sequence_bounds,
     windowed_attention,
 )
 
 _NO_CONTEXT_PARALLELISM = (
-    "Under context parallelism, attention on torch knows whole sequences and causality only: set "
-    "context_parallel_size to 1 (--context-parallel-size 1), or leave this out."
+    "Under context parallelism, attention on torch knows causality, windows and packed documents: "
+    "set context_parallel_size to 1 (--context-parallel-size 1), or leave this out."
 )
 
 
@@ -55,8 +57,9 @@ class Step35DotProductAttention(MegatronModule):
         attention_type: "self".
         attention_dropout: share of probabilities dropped in training; None: the config's.
         softmax_scale: factor on the scores; None: kv_channels ** -0.5.
-        cp_comm_type: how context parallelism is to communicate. Whatever it says, keys and values
-            of all ranks are gathered here, which gives the same numbers.
+        cp_comm_type: how context parallelism is to communicate. Whatever it says, each rank fetches
+            the keys and values that its queries see (`step35_patch.model.context_parallel`), which
+            gives the same numbers.
         pg_collection: process groups, of which `cp` and `tp` are used; None means the global ones.
 
     Raises:
@@ -109,7 +112,9 @@ class Step35DotProductAttention(MegatronModule):
         """Attention of one layer, on the heads of this tensor-parallel rank.
 
         Under context parallelism s is this rank's share of the sequence: its early and its late
-        chunk, as Megatron-Core deals them out (rank r of n has chunks r and 2n - 1 - r of 2n).
+        chunk, as Megatron-Core deals them out (rank r of n has chunks r and 2n - 1 - r of 2n). Of
+        packed sequences, t are these two of each document, with its padding; the sums of lengths
+        are those of the whole batch.
 
         Args:
             query: [s, b, np, hn]; [t, np, hn] if the sequences are packed.
@@ -148,6 +153,16 @@ class Step35DotProductAttention(MegatronModule):
         # With sequence parallelism the whole block runs in that generator's state already.
         draws_apart = dropout_p > 0.0 and not self.config.sequence_parallel
         with tensor_parallel.get_cuda_rng_tracker().fork() if draws_apart else nullcontext():
+            if self.cp_group is not None and self.cp_group.size() > 1:
+                self._check_no_mask(attention_mask)
+                documents = self._documents(query.size(0), packed_seq_params, self.cp_group)
+                if not packed:
+                    return self._context_parallel(
+                        query, key, value, documents, dropout_p, self.cp_group
+                    )
+                q, k, v = (x.unsqueeze(1) for x in (query, key, value))
+                out = self._context_parallel(q, k, v, documents, dropout_p, self.cp_group)
+                return out.squeeze(1)
             if packed:
                 cu_seqlens, cu_seqlens_padded = self._cu_seqlens(packed_seq_params)
                 return packed_windowed_attention(
@@ -161,10 +176,6 @@ class Step35DotProductAttention(MegatronModule):
                     attention_mask=attention_mask,
                     dropout_p=dropout_p,
                 )
-            if self.cp_group is not None and self.cp_group.size() > 1:
-                return self._context_parallel(
-                    query, key, value, attention_mask, dropout_p, self.cp_group
-                )
             return windowed_attention(
                 query,
                 key,
@@ -175,43 +186,55 @@ class Step35DotProductAttention(MegatronModule):
                 dropout_p=dropout_p,
             )
 
+    def _documents(
+        self, tokens: int, params: PackedSeqParams | None, group: ProcessGroup
+    ) -> tuple[Document, ...]:
+        """Those of all ranks; a whole sequence is one. tokens: of this rank."""
+        size = group.size()
+        if params is None or params.qkv_format != "thd":
+            return ((tokens * size, tokens * size),)
+        return documents_of(sequence_bounds(*self._cu_seqlens(params), tokens * size), size)
+
     def _context_parallel(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        documents: tuple[Document, ...],
         dropout_p: float,
         group: ProcessGroup,
     ) -> Tensor:
-        if attention_mask is not None:
+        """query, key and value [s, b, heads, hn], s being this rank's tokens of the documents."""
+        own = plan(documents, group.rank(), group.size(), self.window_left, str(query.device))
+        parts = query.split([n for chunk in own.chunks for n in (chunk.queries, chunk.padding)])
+        outputs = []
+        for number, (k, v) in enumerate(fetch(key, value, own, group)):
+            queries, padding = parts[2 * number : 2 * number + 2]
+            if queries.size(0):
+                outputs.append(
+                    attend_to_prefix(
+                        queries,
+                        k,
+                        v,
+                        window_left=self.window_left,
+                        softmax_scale=self.softmax_scale,
+                        dropout_p=dropout_p,
+                    )
+                )
+            if padding.size(0):
+                # A rank with nothing but padding takes part in the backward pass all the same: the
+                # others' gradients of its keys come with the same collective.
+                nothing = k[:0].sum() + v[:0].sum()
+                outputs.append(torch.zeros_like(padding).flatten(2) + nothing)
+        return torch.cat(outputs)
+
+    def _check_no_mask(self, mask: Tensor | None) -> None:
+        if mask is not None:
             raise ValueError(
                 f"Layer {self.layer_number}: attention_mask: expected None under context "
-                f"parallelism, found a tensor {list(attention_mask.shape)}. "
+                f"parallelism, found a tensor {list(mask.shape)}. "
                 f"{_NO_CONTEXT_PARALLELISM} (--no-create-attention-mask-in-dataloader)"
             )
-        rank, size = group.rank(), group.size()
-        # Where in the ranks' order the chunks of the sequence's order stand.
-        places = [2 * r for r in range(size)] + [2 * r + 1 for r in reversed(range(size))]
-        # Its backward adds up what the ranks' queries send back, and deals it out again.
-        gather = tensor_parallel.gather_from_sequence_parallel_region
-        by_rank = [gather(x, group=group).chunk(2 * size) for x in (key, value)]
-        key, value = (torch.cat([chunks[place] for place in places]) for chunks in by_rank)
-        chunk = query.size(0) // 2
-        outputs = []
-        for part, position in zip(query.chunk(2), (rank, 2 * size - 1 - rank), strict=True):
-            end = (position + 1) * chunk
-            outputs.append(
-                attend_to_prefix(
-                    part,
-                    key[:end],
-                    value[:end],
-                    window_left=self.window_left,
-                    softmax_scale=self.softmax_scale,
-                    dropout_p=dropout_p,
-                )
-            )
-        return torch.cat(outputs)
 
     def _check_mask_type(self, mask_type: AttnMaskType) -> None:
         if mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal):
@@ -230,18 +253,16 @@ class Step35DotProductAttention(MegatronModule):
                 f"Layer {self.layer_number}: packed_seq_params.qkv_format: expected 'thd' or "
                 f"'sbhd', found {params.qkv_format!r}."
             )
-        if params.local_cp_size not in (None, 1):
+        size = 1 if self.cp_group is None else self.cp_group.size()
+        if params.local_cp_size not in (None, size) or params.cp_group not in (None, self.cp_group):
+            group = params.cp_group
             raise ValueError(
-                f"Layer {self.layer_number}: packed_seq_params.local_cp_size: expected None or 1, "
-                f"found {params.local_cp_size}. {_NO_CONTEXT_PARALLELISM}"
+                f"Layer {self.layer_number}: packed_seq_params.local_cp_size and cp_group: "
+                f"expected None, or the model's own context parallelism of {size}, found "
+                f"{params.local_cp_size} and a group of {group if group is None else group.size()}."
+                " On torch it can't differ by batch: leave out --hybrid-context-parallel."
             )
-        packed: bool = params.qkv_format == "thd"
-        if packed and self.cp_group is not None and self.cp_group.size() > 1:
-            raise ValueError(
-                f"Layer {self.layer_number}: packed_seq_params.qkv_format: expected 'sbhd' under "
-                f"context parallelism, found 'thd'. {_NO_CONTEXT_PARALLELISM}"
-            )
-        return packed
+        return bool(params.qkv_format == "thd")
 
     def _cu_seqlens(self, params: PackedSeqParams) -> tuple[Tensor, Tensor | None]:
         for suffix in ("", "_padded"):

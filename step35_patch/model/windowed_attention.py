@@ -190,7 +190,7 @@ def packed_windowed_attention(
     t = query.size(0)
     as_batch = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
     _check_inputs(*as_batch, window_left, attention_mask)
-    bounds = _sequence_bounds(cu_seqlens, cu_seqlens_padded, t)
+    bounds = sequence_bounds(cu_seqlens, cu_seqlens_padded, t)
     # Alternately a sequence and its padding; split, because its backward is one concatenation.
     sizes = [size for _, length, slot in bounds for size in (length, slot - length)]
     pieces = [x.split(sizes) for x in (query, key, value)]
@@ -250,7 +250,7 @@ def _check_inputs(
             )
 
 
-def _sequence_bounds(
+def sequence_bounds(
     cu_seqlens: Tensor, cu_seqlens_padded: Tensor | None, tokens: int
 ) -> list[tuple[int, int, int]]:
     """(first token, length, length with padding) of each sequence of a packed batch."""

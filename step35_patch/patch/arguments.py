@@ -14,12 +14,6 @@ from step35_patch.model.refused_options import Place, missing_for, refused, with
 # Options of `megatron_options` that are a user's to choose: an explicit value wins.
 _CHOICES = {row.option for row in FIELDS if row.is_default}
 
-# Options whose batches are packed documents, and their names among the arguments.
-_PACKING = {
-    "--sft": "sft",
-    "--dataloader-inter-document-masking": "dataloader_inter_document_masking",
-    "--hybrid-context-parallel": "hybrid_context_parallel",
-}
 # The options of what `without_effect` names.
 _OPTIONS = {
     "moe_aux_loss_coeff": "--moe-aux-loss-coeff",
@@ -210,25 +204,21 @@ def _context_parallel_problems(args: Any, config: Step35Config) -> list[str]:
     problems = []
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
     groups = config.num_attention_groups
-    packing = [
-        option
-        for option, name in _PACKING.items()
-        if getattr(args, name, False)  # not all in each release
-    ]
-    if args.transformer_impl == "local" and packing:
+    local = args.transformer_impl == "local"
+    # Not in each release.
+    if local and getattr(args, "hybrid_context_parallel", False):
         problems.append(
-            f"{packing[0]}: expected none with --context-parallel-size {cp} and "
-            "--transformer-impl local, on which packed sequences are not cut; use "
-            "--context-parallel-size 1 or --transformer-impl transformer_engine"
+            "--hybrid-context-parallel: expected none with --transformer-impl local, on which "
+            f"each batch is cut for --context-parallel-size {cp}; leave it out, or use "
+            "--transformer-impl transformer_engine"
         )
-    elif args.transformer_impl == "local" and args.reset_attention_mask:
+    if local and args.reset_attention_mask:
         problems.append(
             f"--reset-attention-mask: expected none with --context-parallel-size {cp} and "
             "--transformer-impl local, on which a mask is not cut; use --context-parallel-size 1, "
-            "or --transformer-impl transformer_engine with packed documents (--sft, 0.19's "
-            "--dataloader-inter-document-masking)"
+            "or packed documents (--sft, 0.19's --dataloader-inter-document-masking)"
         )
-    elif args.transformer_impl == "local" and args.create_attention_mask_in_dataloader:
+    elif local and args.create_attention_mask_in_dataloader:
         problems.append(
             "--context-parallel-size: with --transformer-impl local, expected "
             "--no-create-attention-mask-in-dataloader too; attention is causal without it"

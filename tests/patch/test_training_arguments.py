@@ -150,10 +150,6 @@ def test_all_problems_come_in_one_error(parse):
         ("--reset-position-ids", "--reset-position-ids: .* without --reset-attention-mask"),
         ("--sft --reset-position-ids", "--reset-position-ids: expected none with --sft"),
         (
-            "--sft --context-parallel-size 2 --transformer-impl local",
-            "--sft: expected none with --context-parallel-size 2",
-        ),
-        (
             "--padded-vocab-size 97 --tensor-model-parallel-size 2",
             "--padded-vocab-size: .* of .* while --step35-padded-logits is masked",
         ),
@@ -169,8 +165,8 @@ def test_what_cannot_work_is_refused(parse, words, message):
     [
         ("--freeze-all-layers", "--freeze-all-layers: expected False, .* would be trained"),
         (
-            "--dataloader-inter-document-masking",
-            "--dataloader-inter-document-masking: expected none with --context-parallel-size 2",
+            "--hybrid-context-parallel",
+            "--hybrid-context-parallel: expected none with --transformer-impl local",
         ),
     ],
 )

@@ -37,6 +37,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "MTP layers alone on a middle stage": (4, {PP: 4, CUT: "Ettt|ttt|mm|L"}),
     "pp2 and cp2": (4, {PP: 2, CP: 2}),
     "pp2 and dp2": (4, {PP: 2}),
+    "cp4": (4, {CP: 4}),
 }
 FULL = {
     "recompute_granularity": "full",
@@ -62,7 +63,7 @@ class Case:
         own_loss: of the logits, as trainers for reinforcement learning have theirs: the model gets
             no labels.
         samples: each a micro-batch; under data parallelism each rank has its part of them.
-        documents: none, "packed", or in padded "slots".
+        documents: none, "packed", in padded "slots", or "aligned", as long as those slots.
         balancing: with both balancing losses and updates of the router's bias.
         embedding_ranks: whether Megatron-Core is told which stages have an embedding.
         decoupled_lr: of embedding and output matrices; none by default.
@@ -103,7 +104,7 @@ class Case:
             mask=self.mask,
             own_loss=self.own_loss,
             samples=self.samples,
-            documents="packed" if self.documents else "",
+            documents="packed" if self.documents == "slots" else self.documents,
             balancing=self.balancing,
             decoupled_lr=self.decoupled_lr,
         )
@@ -114,7 +115,7 @@ def _cases() -> dict[str, Case]:
     cases = {
         name: Case(name, samples=8 if name == "pp2 and dp2" else 4, balancing=True)
         for name in LAYOUTS
-        if name != "one process"
+        if name not in ("one process", "cp4")  # which is there for packed documents
     }
 
     first = "MTP layers on the first stage"
@@ -152,6 +153,18 @@ def _cases() -> dict[str, Case]:
         add(layout, "packed", documents="packed")
     for layout in ("one process", "tp2 with sequence parallelism", "pipeline"):
         add(layout, "packed in padded slots", documents="slots")
+    # Else Megatron-Core takes the mean over the tokens of each rank, which has more or less padding.
+    slots: dict[str, Any] = {"per_token": True, "documents": "slots"}
+    for layout in ("context parallel", "cp4", "tp2 and cp2", "pp2 and cp2"):
+        add(layout, "packed", documents="aligned")
+        add(layout, "packed in padded slots, per token", **slots)
+    recomputed = {**FULL, "gate_layout": "expanded"}
+    add(
+        "context parallel",
+        "full recomputation, packed, expanded gate",
+        overrides=recomputed,
+        **slots,
+    )
     add("one process", "full recomputation", overrides=FULL, balancing=True)
     add("one process", "selective recomputation", overrides=SELECTIVE, balancing=True)
     add("one process", "full recomputation, packed", overrides=FULL, documents="packed")
@@ -184,6 +197,8 @@ EVERY_VERSION = (
     "data parallel: distributed optimizer, overlaps",
     "pipeline: decoupled learning rate",
     "pipeline: packed in padded slots",
+    "tp2 and cp2: packed",
+    "cp4: packed in padded slots, per token",
     "MTP layers on the first stage",
     "MTP layers alone on a middle stage",
     "MTP layers alone on a middle stage: default embedding ranks",

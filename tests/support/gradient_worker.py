@@ -214,7 +214,7 @@ class Run:
         own = range(samples)[parallel_state.get_data_parallel_rank() * samples // ranks :]
         documents, mask = self.spec["documents"], self.spec["mask"]
         batches = [
-            _packed(sample, in_slots=documents == "slots")
+            _packed(sample, documents)
             if documents
             else _plain(sample, samples, mask, self.provider.vocab_size)
             for sample in own[: samples // ranks]
@@ -295,11 +295,12 @@ def _plain(sample: int, samples: int, mask: str, vocabulary: int) -> dict[str, A
     }
 
 
-def _packed(sample: int, *, in_slots: bool) -> dict[str, Any]:
+def _packed(sample: int, documents: str) -> dict[str, Any]:
     """Three documents one after the other, or each at the start of a slot with padding behind."""
     turn = sample % len(DOCUMENTS)
-    lengths = DOCUMENTS[turn:] + DOCUMENTS[:turn]
-    slots = SLOTS[turn:] + SLOTS[:turn] if in_slots else lengths
+    lengths = SLOTS if documents == "aligned" else DOCUMENTS
+    slots = lengths if documents == "packed" else SLOTS
+    lengths, slots = (x[turn:] + x[:turn] for x in (lengths, slots))
     batch: dict[str, Any] = {
         "tokens": torch.full((1, sum(slots)), 9),
         "labels": torch.full((1, sum(slots)), 9),
@@ -315,7 +316,7 @@ def _packed(sample: int, *, in_slots: bool) -> dict[str, Any]:
         batch["position_ids"][0, start : start + slot] = torch.arange(slot)
         start += slot
     bounds = _bounds(lengths)
-    padded = _bounds(slots) if in_slots else None
+    padded = _bounds(slots) if documents == "slots" else None
     batch["packed_seq_params"] = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=bounds,
@@ -333,11 +334,22 @@ def _bounds(lengths: tuple[int, ...]) -> torch.Tensor:
 
 
 def _share(batch: dict[str, Any], rank: int, size: int) -> dict[str, Any]:
-    """The early and the late chunk of each tensor that context parallelism deals to a rank."""
+    """The early and the late chunk of each document that context parallelism deals to a rank."""
     if size == 1:
         return batch
-    shares = {}
-    for name, tensor in batch.items():
-        chunks = tensor.chunk(2 * size, dim=1)
-        shares[name] = torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1)
-    return shares
+    packed, length = batch.get("packed_seq_params"), batch["tokens"].shape[1]
+    bounds = _bounds((length,))
+    if packed is not None:
+        padded = packed.cu_seqlens_q_padded
+        bounds = packed.cu_seqlens_q if padded is None else padded
+    rows = torch.cat(
+        [
+            part
+            for document in torch.arange(length).split(bounds.diff().tolist())
+            for part in (document.chunk(2 * size)[n] for n in (rank, 2 * size - 1 - rank))
+        ]
+    )
+    return {
+        name: value[:, rows] if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
