@@ -26,6 +26,7 @@ from step35_patch.model.description import Step35Runtime, check, from_settings, 
 from step35_patch.model.layer import check_options
 from step35_patch.model.padded_vocabulary import mask_padded_columns
 from step35_patch.model.specs import decoder_layer_spec, mtp_layer_spec, step35_norm
+from step35_patch.patch import packed_data
 from step35_patch.patch.agreement import check_checkpoint, check_mtp_layers, check_ranks_agree
 from step35_patch.patch.built_model import announce, check_model
 from step35_patch.patch.parse_args import parse
@@ -274,6 +275,42 @@ def compute_activation_memory_without_sp(
 ) -> Any:
     """The same: Megatron also calls it for runs with sequence parallelism."""
     return _reported(wrapped, args, kwargs, reports.compute_activation_memory)
+
+
+def sft_sample(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """SFTDataset.__getitem__: a pack of documents, none of which predicts the next one's start."""
+    if process.active() is None:
+        return wrapped(*args, **kwargs)
+    tokenizer = instance.config.tokenizer
+    packed_data.check_padding(tokenizer.pad, tokenizer.eod)
+    sample = wrapped(*args, **kwargs)
+    packed_data.leave_out_ends(sample)
+    return sample
+
+
+def get_batch_on_this_tp_rank(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """A batch that the first tensor-parallel rank has read, with the documents' bounds."""
+    batch = wrapped(*args, **kwargs)
+    if process.active() is not None:
+        packed_data.share_bounds(batch)
+    return batch
+
+
+def get_batch_on_this_cp_rank(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """A context-parallel rank's part of a batch; of packed documents without Transformer Engine."""
+    if process.active() is None:
+        return wrapped(*args, **kwargs)
+    with packed_data.index_function():
+        return wrapped(*args, **kwargs)
+
+
+def get_thd_batch_on_this_cp_rank(
+    wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+) -> Any:
+    """The same of packed documents, in 0.17."""
+    if process.active() is None:
+        return wrapped(*args, **kwargs)
+    return packed_data.deal(wrapped, _bind(wrapped, args, kwargs))
 
 
 def core_transformer_config_from_args(

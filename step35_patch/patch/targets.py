@@ -70,6 +70,19 @@ TARGETS = (
         wrapper="core_transformer_config_from_args",
     ),
     Target("megatron.training.arguments", "parse_args", wrapper="parse_args"),
+    # Packed documents: the data set of --sft, and how a batch is dealt out. 0.17 has a function of
+    # its own for packed ones, and tells not all tensor-parallel ranks of the documents.
+    Target(
+        "megatron.training.datasets.sft_dataset", "SFTDataset.__getitem__", wrapper="sft_sample"
+    ),
+    Target("megatron.core.utils", "get_batch_on_this_cp_rank", "get_batch_on_this_cp_rank"),
+    *(
+        Target(module, name, wrapper=name, required=False)
+        for module, name in (
+            ("megatron.core.utils", "get_thd_batch_on_this_cp_rank"),
+            ("megatron.training.utils", "get_batch_on_this_tp_rank"),
+        )
+    ),
     # What Megatron prints of operations and memory.
     Target(
         "megatron.training.training",
