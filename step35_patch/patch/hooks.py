@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -288,6 +289,36 @@ def sft_sample(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> A
     return sample
 
 
+def sft_tokenizer_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """SFTTokenizer.__init__: 0.17 takes a chat template's tokens as transformers 4 returns them."""
+    wrapped(*args, **kwargs)
+    if process.active() is not None and not hasattr(instance, "_extract_token_ids"):
+        tokenizer = instance._tokenizer
+        tokenizer.apply_chat_template = functools.partial(
+            tokenizer.apply_chat_template, return_dict=False
+        )
+
+
+def gpt_sample(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """GPTDataset.__getitem__: documents that context parallelism can deal out one by one."""
+    sample = wrapped(*args, **kwargs)
+    if process.active() is None or "cu_seqlens" not in sample:
+        return sample
+    ranks = instance.config.context_parallel_size
+    if ranks is None or ranks == 1:
+        return sample
+    packed_data.say_slots(2 * ranks)
+    return packed_data.in_slots(sample, 2 * ranks)
+
+
+def dataset_builder_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """BlendedMegatronDatasetBuilder.__init__: a stage between reads where documents begin, too."""
+    call = _bind(wrapped, args, kwargs)
+    if process.active() is not None and getattr(call["config"], "inter_document_masking", False):
+        call["is_built_on_rank"] = packed_data.is_built_on_rank
+    wrapped(**call)
+
+
 def get_batch_on_this_tp_rank(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """A batch that the first tensor-parallel rank has read, with the documents' bounds."""
     batch = wrapped(*args, **kwargs)
@@ -300,8 +331,12 @@ def get_batch_on_this_cp_rank(wrapped: Wrapped, instance: Any, args: Args, kwarg
     """A context-parallel rank's part of a batch; of packed documents without Transformer Engine."""
     if process.active() is None:
         return wrapped(*args, **kwargs)
+    call = _bind(wrapped, args, kwargs)
+    if call["batch"].get("cu_seqlens") is not None and "use_per_sequence_balancing" in call:
+        # Megatron would cut across documents, as no attention on packed documents expects it.
+        call["use_per_sequence_balancing"] = False
     with packed_data.index_function():
-        return wrapped(*args, **kwargs)
+        return wrapped(**call)
 
 
 def get_thd_batch_on_this_cp_rank(

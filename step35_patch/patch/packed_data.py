@@ -9,6 +9,7 @@ of which rank r has chunks r and 2N - 1 - r.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from megatron.core import parallel_state
 from megatron.core import utils as megatron_utils
 from torch import Tensor
 
-from step35_patch.patch.notices import warn
+from step35_patch.patch.notices import say, warn
 
 # What of a batch has a place for each token.
 _BY_TOKEN = ("tokens", "labels", "loss_mask", "position_ids")
@@ -56,7 +57,7 @@ def partitioned_indices(
             f"{uneven}; pad each document to such a length, or use --context-parallel-size 1"
         )
     parts = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         size = (end - start) // chunks
         parts += [
             torch.arange(start + size * chunk, start + size * (chunk + 1), dtype=torch.int32)
@@ -121,7 +122,7 @@ def share_bounds(batch: dict[str, Any]) -> None:
         return
     source = parallel_state.get_tensor_model_parallel_src_rank()
     names = ("cu_seqlens", "max_seqlen")
-    shared = [batch[name].cpu() if group.rank() == 0 else None for name in names]
+    shared: list[Any] = [batch[name].cpu() if group.rank() == 0 else None for name in names]
     torch.distributed.broadcast_object_list(shared, source, group=group)
     for name, value in zip(names, shared, strict=True):
         batch[name] = value.cuda()
@@ -137,6 +138,60 @@ def leave_out_ends(sample: dict[str, Tensor]) -> None:
     """
     ends = sample["cu_seqlens"][1:].long()
     sample["loss_mask"][ends[ends > 0] - 1] = 0.0
+
+
+def in_slots(sample: dict[str, Any], multiple: int) -> dict[str, Any]:
+    """A sample whose documents begin at multiples of `multiple`, so that each can be dealt out.
+
+    Each document is followed by padding, which no loss is counted of. The sample stays as long as
+    it was: what no longer fits, at its end, is left out.
+
+    Args:
+        sample: of `GPTDataset` with inter_document_masking: `tokens`, `labels`, `loss_mask` and
+            `position_ids` [s]; `cu_seqlens` [s + 1], filled up with s; `max_seqlen`.
+        multiple: a divisor of s.
+
+    Returns:
+        The same with other tensors; `cu_seqlens` are the slots, padding included.
+    """
+    length, bounds = len(sample["tokens"]), sample["cu_seqlens"].unique().tolist()
+    slots, source, counted, positions = [0], [], [], []
+    for start, end in itertools.pairwise(bounds):
+        place, size = torch.arange(-(-(end - start) // multiple) * multiple), end - start
+        # Padding repeats the document's last token, whose value nothing depends on.
+        source.append(start + place.clamp(max=size - 1))
+        counted.append(place < size)
+        positions.append(place)
+        slots.append(min(slots[-1] + len(place), length))
+    index, kept = torch.cat(source)[:length], torch.cat(counted)[:length]
+    cu_seqlens = torch.full_like(sample["cu_seqlens"], length)
+    cu_seqlens[: len(slots)] = torch.tensor(slots, dtype=cu_seqlens.dtype)
+    return sample | {
+        "tokens": sample["tokens"][index],
+        "labels": sample["labels"][index],
+        "loss_mask": sample["loss_mask"][index] * kept,
+        "position_ids": torch.cat(positions)[:length],
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": cu_seqlens.diff().max(),
+    }
+
+
+def is_built_on_rank() -> bool:
+    """Whether a rank reads the data set: the first tensor-parallel one of each pipeline stage.
+
+    With packed documents a stage without tokens reads their bounds. Megatron lets it do so with
+    --sft alone; with --dataloader-inter-document-masking it would have no data to ask for them.
+    """
+    return bool(parallel_state.get_tensor_model_parallel_rank() == 0)
+
+
+@functools.cache
+def say_slots(multiple: int) -> None:
+    """Tell once of what `in_slots` does to a run's samples."""
+    say(
+        "--dataloader-inter-document-masking under context parallelism: documents are padded to "
+        f"multiples of {multiple}, and what then no longer fits is left out at a sample's end"
+    )
 
 
 @functools.cache

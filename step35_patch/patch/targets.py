@@ -70,10 +70,22 @@ TARGETS = (
         wrapper="core_transformer_config_from_args",
     ),
     Target("megatron.training.arguments", "parse_args", wrapper="parse_args"),
-    # Packed documents: the data set of --sft, and how a batch is dealt out. 0.17 has a function of
-    # its own for packed ones, and tells not all tensor-parallel ranks of the documents.
+    # Packed documents: what a data set makes of them, which ranks read it, and how a batch is dealt
+    # out. 0.17 has a function of its own for packed ones, and tells not all tensor-parallel ranks
+    # of the documents.
     Target(
         "megatron.training.datasets.sft_dataset", "SFTDataset.__getitem__", wrapper="sft_sample"
+    ),
+    Target(
+        "megatron.core.tokenizers.text.libraries.sft_tokenizer",
+        "SFTTokenizer.__init__",
+        wrapper="sft_tokenizer_init",
+    ),
+    Target("megatron.core.datasets.gpt_dataset", "GPTDataset.__getitem__", wrapper="gpt_sample"),
+    Target(
+        "megatron.core.datasets.blended_megatron_dataset_builder",
+        "BlendedMegatronDatasetBuilder.__init__",
+        wrapper="dataset_builder_init",
     ),
     Target("megatron.core.utils", "get_batch_on_this_cp_rank", "get_batch_on_this_cp_rank"),
     *(

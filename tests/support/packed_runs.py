@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
@@ -65,6 +67,88 @@ def arguments(iterations: int = ITERATIONS) -> list[str]:
 def sft_arguments(prompt_format: str = "default") -> list[str]:
     words = f"--sft --tokenizer-type SFTTokenizer --sft-tokenizer-prompt-format {prompt_format}"
     return [*words.split(), "--tokenizer-model", str(TOKENIZER), "--data-path", str(CONVERSATIONS)]
+
+
+def plain_documents() -> list[list[int]]:
+    """The conversations' texts alone, each ended by the tokenizer's end of document."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    return [
+        tokenizer.encode(
+            " ".join(message["content"] for message in conversation), add_special_tokens=False
+        )
+        + [tokenizer.eos_token_id]
+        for line in CONVERSATIONS.read_text().splitlines()
+        for conversation in _conversations(line)
+    ]
+
+
+def write_indexed(folder: Path) -> Path:
+    """The prefix of Megatron's own files of them, as its tools/preprocess_data.py writes them."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = folder / "text_document"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for document in plain_documents():
+        builder.add_document(document, [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return prefix
+
+
+def document_arguments(prefix: Path, cache: Path) -> list[str]:
+    """Of --dataloader-inter-document-masking, ends of documents not predicting the next start."""
+    return [
+        *("--dataloader-inter-document-masking", "--eod-mask-loss", "--data-path", str(prefix)),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(TOKENIZER)),
+        *("--data-cache-path", str(cache)),
+    ]
+
+
+def sampled_packs(prefix: Path, cache: Path, granularity: int = 1) -> list[list[Document]]:
+    """The documents of each sample of Megatron's stock GPTDataset, which knows nothing of them.
+
+    Args:
+        prefix: of `write_indexed`.
+        cache: where the data set keeps its indices.
+        granularity: as of `packs`.
+    """
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+    end = AutoTokenizer.from_pretrained(TOKENIZER).eos_token_id
+    dataset_config = GPTDatasetConfig(
+        random_seed=7,
+        sequence_length=PACK,
+        blend=([str(prefix)], None),
+        split="100,0,0",
+        path_to_cache=str(cache),
+        tokenizer=SimpleNamespace(eod=end, pad=-1, vocab_size=384, unique_identifiers={}),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    sizes = [ITERATIONS * BATCH, 0, 0]
+    samples, *_ = BlendedMegatronDatasetBuilder(
+        GPTDataset, sizes, lambda: True, dataset_config
+    ).build()
+    result = []
+    for number in range(sizes[0]):
+        sample = samples[number]
+        tokens = [*sample["tokens"].tolist(), sample["labels"][-1].item()]
+        pack, start, place = [], 0, 0
+        while start < PACK and place < PACK:
+            ends = tokens.index(end, start) if end in tokens[start:PACK] else PACK
+            # The last token of one that goes on in the next sample is predicted, too.
+            document = tokens[start : ends + 1][: PACK - place + 1]
+            pack.append((document, document))
+            size = min(ends + 1, PACK) - start
+            place += -(-size // granularity) * granularity
+            start += size
+        result.append(pack)
+    return result
 
 
 def run_script(checkout: Path, config: Path, *more: str, processes: int = 1) -> str:
