@@ -72,14 +72,13 @@ def sft_arguments(prompt_format: str = "default") -> list[str]:
 def plain_documents() -> list[list[int]]:
     """The conversations' texts alone, each ended by the tokenizer's end of document."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    return [
-        tokenizer.encode(
-            " ".join(message["content"] for message in conversation), add_special_tokens=False
-        )
-        + [tokenizer.eos_token_id]
+    texts = [
+        " ".join(message["content"] for message in conversation)
         for line in CONVERSATIONS.read_text().splitlines()
         for conversation in _conversations(line)
     ]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [[*document, tokenizer.eos_token_id] for document in encoded]
 
 
 def write_indexed(folder: Path) -> Path:
@@ -234,7 +233,14 @@ def _sums(model: Reference, document: Document) -> list[tuple[torch.Tensor, int]
     return sums
 
 
-def trained_apart(batches: Iterable[list[list[Document]]]) -> dict[int, Iteration]:
+def _is_mtp(name: str) -> bool:
+    layer = name.removeprefix("model.layers.").partition(".")[0]
+    return layer.isdigit() and int(layer) >= config()["num_hidden_layers"]
+
+
+def trained_apart(
+    batches: Iterable[list[list[Document]]], *, mtp: bool = True
+) -> dict[int, Iteration]:
     """What Megatron-Core should log: transformers' model trained on each document by itself.
 
     Losses are means over the counted tokens of a pack, in the objective over its packs; Megatron
@@ -242,9 +248,16 @@ def trained_apart(batches: Iterable[list[list[Document]]]) -> dict[int, Iteratio
 
     Args:
         batches: an iteration's packs each.
+        mtp: whether the MTP layers are trained.
     """
     model = Reference(config(), weights())
-    trained = [p for p in model.parameters.values() if p.requires_grad]
+    if not mtp:
+        model.mtp_layers = []
+    trained = [
+        parameter
+        for name, parameter in model.parameters.items()
+        if parameter.requires_grad and (mtp or not _is_mtp(name))
+    ]
     groups = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
@@ -261,7 +274,7 @@ def trained_apart(batches: Iterable[list[list[Document]]]) -> dict[int, Iteratio
                 sum(count for _, count in of_one) for of_one in zip(*by_document, strict=True)
             ]
             means = [loss / max(count, 1) for loss, count in zip(sums, counts, strict=True)]
-            objective = means[0] + MTP_SCALE / len(means[1:]) * sum(means[1:])
+            objective = means[0] + MTP_SCALE * sum(means[1:]) / max(len(means[1:]), 1)
             (objective / len(batch)).backward()
             main_sum, main_count = main_sum + sums[0].item(), main_count + counts[0]
             mtp_losses += torch.tensor([mean.item() for mean in means[1:]]) / len(batch)
