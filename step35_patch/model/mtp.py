@@ -41,7 +41,6 @@ class ModelWithOutputLayer(Protocol):
 
     config: TransformerConfig
     vocab_size: int
-    parallel_output: bool
     pg_collection: ProcessGroupCollection
     output_layer: torch.nn.Module
 
@@ -50,7 +49,7 @@ class MtpOutputLayers(MegatronModule):
     """One vocabulary-parallel output matrix for each MTP layer, children "0", "1", ...
 
     Args:
-        model: the GPTModel whose output layer's shape, precision and gathering they share.
+        model: the GPTModel whose output layer's shape and precision they share.
     """
 
     def __init__(self, model: ModelWithOutputLayer):
@@ -64,7 +63,7 @@ class MtpOutputLayers(MegatronModule):
                 init_method=config.init_method,
                 bias=False,
                 skip_bias_add=False,
-                gather_output=not model.parallel_output,
+                gather_output=False,  # only losses are computed of them
                 tp_group=model.pg_collection.tp,
             )
             # As setup_embeddings_and_output_layer marks the model's own; optimizers read it.

@@ -27,6 +27,7 @@ from step35_patch.model.description import Step35Runtime, check, from_settings, 
 from step35_patch.model.layer import check_options
 from step35_patch.model.padded_vocabulary import mask_padded_columns
 from step35_patch.model.specs import decoder_layer_spec, mtp_layer_spec, step35_norm
+from step35_patch.model.split_logits import split_for_losses
 from step35_patch.patch import packed_data
 from step35_patch.patch.agreement import check_checkpoint, check_mtp_layers, check_ranks_agree
 from step35_patch.patch.built_model import announce, check_model
@@ -121,6 +122,7 @@ def gpt_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) 
     if instance.post_process and instance.config.mtp_num_layers:
         mtp.add_output_layers(instance)
     mask_padded_columns(instance, runtime)
+    split_for_losses(instance)
     mtp.mark_embedding(instance)
     mtp.check_embedding_group(instance)
     check_model(instance, runtime)
@@ -171,6 +173,7 @@ def process_mtp_loss(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     if not mtp.has_output_layers(output_layer) and runtime_for(call["config"]) is None:
         return wrapped(*args, **kwargs)
     call["output_layer"] = mtp.by_depth(output_layer)
+    call["runtime_gather_output"] = False  # nobody sees these logits but the loss
     if "packed_seq_params" in call:
         call["packed_seq_params"] = mtp.by_slots(call["packed_seq_params"])
     mtp.share_of_the_tokens(call)

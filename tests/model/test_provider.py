@@ -191,6 +191,14 @@ def test_published_router_bias_stays_unless_a_rate_is_given(published, options):
     assert off > 1 if options else off == 0
 
 
+def test_detached_heads_are_refused(tmp_path):
+    folder = write_hf_folder(tmp_path, tiny_config(), {})
+    if "mtp_detach_heads" not in Step35ModelProvider.__dataclass_fields__:
+        pytest.skip("mtp_detach_heads is not in this Megatron-Core")
+    with pytest.raises(ValueError, match=r"mtp_detach_heads: expected False, .* one for each"):
+        Step35ModelProvider.from_hf(folder, mtp_detach_heads=True)
+
+
 def test_virtual_pipeline_of_two_stages_needs_overlap(published):
     """Megatron-Core's own arguments refuse it; gradients would be off by a factor of thousand."""
     stages = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3}

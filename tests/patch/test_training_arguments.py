@@ -168,6 +168,7 @@ def test_what_cannot_work_is_refused(parse, words, message):
             "--hybrid-context-parallel",
             "--hybrid-context-parallel: expected none with --transformer-impl local",
         ),
+        ("--mtp-detach-heads", "--mtp-detach-heads: expected False, .* Step-3.5 has one for each"),
     ],
 )
 def test_newer_options_that_cannot_work_are_refused(parse, option, message):

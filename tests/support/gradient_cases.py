@@ -59,9 +59,10 @@ class Case:
         overrides: further ones of the provider.
         per_token: whether a token counts alike in all micro-batches.
         mask: the tokens that do not count: none, "prompts" of each sample, "all but the last n/8"
-            of each, or "first half of the samples".
+            of each, "first half of the samples", or "documents": every other one.
         own_loss: of the logits, as trainers for reinforcement learning have theirs: the model gets
             no labels.
+        gathered: whether the model returns the logits of the whole vocabulary.
         samples: each a micro-batch; under data parallelism each rank has its part of them.
         documents: none, "packed", in padded "slots", or "aligned", as long as those slots.
         balancing: with both balancing losses and updates of the router's bias.
@@ -77,6 +78,7 @@ class Case:
     per_token: bool = False
     mask: str = ""
     own_loss: bool = False
+    gathered: bool = False
     samples: int = 4
     documents: str = ""
     balancing: bool = False
@@ -94,7 +96,8 @@ class Case:
 
     def spec(self) -> dict[str, Any]:
         """What a rank is told."""
-        return asdict(self) | {"layout": LAYOUTS[self.layout][1] | self.overrides}
+        gathered = {"parallel_output": False} if self.gathered else {}
+        return asdict(self) | {"layout": LAYOUTS[self.layout][1] | self.overrides | gathered}
 
     def reference(self) -> Case:
         """The run with one process that is trained on the same."""
@@ -127,6 +130,7 @@ def _cases() -> dict[str, Case]:
         cases[f"{layout}: {what}"] = Case(layout, **fields)
 
     sft: dict[str, Any] = {"per_token": True, "mask": "prompts"}
+    rl: dict[str, Any] = {"own_loss": True, "gathered": True}
     for layout in (
         "tp2 with sequence parallelism",
         "virtual pipeline",
@@ -143,11 +147,24 @@ def _cases() -> dict[str, Case]:
         add("context parallel", f"{mask} masked, per token", per_token=True, mask=mask)
     add("context parallel", "own loss of the logits", own_loss=True)
     add("context parallel", "own loss, prompts masked, per token", **sft, own_loss=True)
+    for layout in ("one process", "tp2 with sequence parallelism"):
+        add(layout, "gathered logits, labels", gathered=True)
+        add(layout, "gathered logits, own loss", gathered=True, own_loss=True)
+    add("tp2 and cp2", "gathered logits, own loss, prompts masked, per token", **sft, **rl)
     sharded = {"distributed_optimizer": True, "overlap": True}
-    first_half = {"per_token": True, "mask": "first half of the samples"}
+    first_half: dict[str, Any] = {"per_token": True, "mask": "first half of the samples"}
     add("data parallel", "distributed optimizer, overlaps", **sharded, balancing=True)
     add("data parallel", "no token of one rank counts, overlaps", **sharded, **first_half)
     add("expert parallel", "distributed optimizer, no token of one rank", **sharded, **first_half)
+    for layout in ("tp2 with sequence parallelism", "context parallel"):
+        add(layout, "whole samples masked, per token", **first_half)
+    add(
+        "context parallel", "own loss, whole samples masked, per token", **first_half, own_loss=True
+    )
+    add("data parallel", "own loss, no token of one rank", **first_half, own_loss=True)
+    some: dict[str, Any] = {"documents": "packed", "mask": "documents", "per_token": True}
+    for layout in ("data parallel", "tp2 with sequence parallelism", "pipeline"):
+        add(layout, "packed, whole documents masked, per token", **some)
     add("pp2 and dp2", "distributed optimizer, overlaps, per token", **sharded, **sft, samples=8)
     for layout in ("virtual pipeline", "data parallel"):
         add(layout, "packed", documents="packed")
@@ -194,6 +211,8 @@ EVERY_VERSION = (
     "virtual pipeline: TransformerConfig's own way of sending",
     "context parallel: prompts masked, per token",
     "context parallel: all but the last 1/8 masked, per token",
+    "tp2 with sequence parallelism: gathered logits, labels",
+    "tp2 and cp2: gathered logits, own loss, prompts masked, per token",
     "data parallel: distributed optimizer, overlaps",
     "pipeline: decoupled learning rate",
     "pipeline: packed in padded slots",

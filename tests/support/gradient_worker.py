@@ -214,7 +214,7 @@ class Run:
         own = range(samples)[parallel_state.get_data_parallel_rank() * samples // ranks :]
         documents, mask = self.spec["documents"], self.spec["mask"]
         batches = [
-            _packed(sample, documents)
+            _packed(sample, documents, mask)
             if documents
             else _plain(sample, samples, mask, self.provider.vocab_size)
             for sample in own[: samples // ranks]
@@ -295,8 +295,9 @@ def _plain(sample: int, samples: int, mask: str, vocabulary: int) -> dict[str, A
     }
 
 
-def _packed(sample: int, documents: str) -> dict[str, Any]:
+def _packed(sample: int, documents: str, mask: str) -> dict[str, Any]:
     """Three documents one after the other, or each at the start of a slot with padding behind."""
+    assert mask in ("", "documents"), mask
     turn = sample % len(DOCUMENTS)
     lengths = SLOTS if documents == "aligned" else DOCUMENTS
     slots = lengths if documents == "packed" else SLOTS
@@ -312,7 +313,7 @@ def _packed(sample: int, documents: str) -> dict[str, Any]:
         own = slice(start, start + length)
         tokens, labels = _tokens(100 * sample + number, length)
         batch["tokens"][0, own], batch["labels"][0, own] = tokens, labels
-        batch["loss_mask"][0, own] = 1
+        batch["loss_mask"][0, own] = float(not mask or (sample + number) % 3 == 1)
         batch["position_ids"][0, start : start + slot] = torch.arange(slot)
         start += slot
     bounds = _bounds(lengths)
