@@ -51,12 +51,16 @@ def _bare_chunks(model: Model) -> list[tuple[Any, Step35Runtime]]:
 
 
 def published_tensors_of(
-    model: Model, *, optimizer: Optimizer | None = None
+    model: Model, *, optimizer: Optimizer | None = None, every_stage: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """The model's weights in the published layout, one (name, whole tensor) after the other.
 
-    Collective over the tensor-, expert- and data-parallel groups; each pipeline stage yields its
-    own layers' tensors, the one with the MTP layers its copy of the embedding besides.
+    What an inference engine or another model takes its weights from while this one trains. There
+    is never more in memory than a few times the largest tensor, all experts' of one layer.
+
+    Collective over the tensor-, expert- and data-parallel groups: go through all of it on all
+    ranks. Each pipeline stage yields its own layers' tensors, the one with the MTP layers its copy
+    of the embedding besides; with `every_stage`, all ranks yield all of the model's, each once.
 
     Parameters that the distributed optimizer has updated and not gathered yet
     (`overlap_param_gather`) are gathered first, as Megatron does before it saves.
@@ -65,6 +69,7 @@ def published_tensors_of(
         model: as for `load_hf_weights`.
         optimizer: of this model, by which its DistributedDataParallel is found if `model` is not
             wrapped in it.
+        every_stage: send each stage's tensors to the others of its pipeline, one after the other.
 
     Yields:
         A name, and its tensor without padding: in the published shape and the parameter's own
@@ -78,7 +83,44 @@ def published_tensors_of(
     """
     chunks = _bare_chunks(model)
     TrainingState(_wrapped_chunks(model), optimizer).complete_parameters()
-    yield from _published(chunks, own_values)
+    tensors = _published(chunks, own_values)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if every_stage and group.size() > 1:
+        device = next(parameter.device for chunk, _ in chunks for parameter in chunk.parameters())
+        tensors = _of_every_stage(tensors, group, device)
+    yield from tensors
+
+
+def _of_every_stage(
+    own: Iterator[tuple[str, Tensor]], group: torch.distributed.ProcessGroup, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Each stage's tensors on all ranks of a pipeline; an error of one stage is all ranks'."""
+    for stage, source in enumerate(torch.distributed.get_process_group_ranks(group)):
+        sends = group.rank() == stage
+        while True:
+            told: list[Any] = [None]
+            tensor = None
+            if sends:
+                try:
+                    name, tensor = next(own, ("", None))
+                    # A later stage with MTP layers has a copy of the embedding.
+                    while name == EMBEDDING and stage > 0:
+                        name, tensor = next(own, ("", None))
+                    if tensor is not None:
+                        tensor = tensor.contiguous()
+                        told = [(name, tensor.shape, tensor.dtype)]
+                except Exception as error:  # the others must not wait for this one
+                    told = [error]
+            torch.distributed.broadcast_object_list(told, src=source, group=group, device=device)
+            if isinstance(told[0], Exception):
+                raise told[0]
+            if told[0] is None:
+                break
+            name, shape, dtype = told[0]
+            if tensor is None:
+                tensor = torch.empty(shape, dtype=dtype, device=device)
+            torch.distributed.broadcast(tensor, src=source, group=group)
+            yield name, tensor
 
 
 def _published(

@@ -109,6 +109,7 @@ class LayerConfig(Protocol):
     num_query_groups: int
     kv_channels: int
     window_size: tuple[int, int] | None
+    cp_comm_type: str | list[str] | None
     attention_output_gate: bool
     use_te_activation_func: bool
 

@@ -23,6 +23,7 @@ from megatron.core.utils import get_pg_rank
 from torch import Tensor
 
 from step35_patch.config.layer_plan import LayerPlan
+from step35_patch.model.communication import cp_comm_types
 from step35_patch.model.description import LayerConfig, Step35Runtime, runtime_for
 from step35_patch.model.mtp import embedding_chunk_problems
 from step35_patch.model.refused_options import Place, refused, without_effect
@@ -85,6 +86,8 @@ def layer_config(config: TransformerConfig, runtime: Step35Runtime, plan: LayerP
     # Hands gate and up to `swiglu.ClampedSwiGLU`; without a limit the fused SwiGLU stays in use.
     limits = (plan.swiglu_limit if plan.is_moe else None, plan.swiglu_limit_shared)
     own.use_te_activation_func = any(limit is not None for limit in limits)
+    if isinstance(config.cp_comm_type, list):
+        own.cp_comm_type = cp_comm_types(config.cp_comm_type, runtime.config)[plan.index]
     return own
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from step35_patch.arguments import megatron_options
 from step35_patch.config.model import Step35Config
+from step35_patch.model.communication import cp_comm_type_problems
 from step35_patch.model.megatron_fields import FIELDS
 from step35_patch.model.refused_options import Place, missing_for, refused, without_effect
 
@@ -72,7 +73,7 @@ def fill_in(
                 )
         else:
             problems.append(f"{option}: the config needs {wanted}, found {given[name]}")
-    if args.sft and "create_attention_mask_in_dataloader" not in given:
+    if _is_packed(args) and "create_attention_mask_in_dataloader" not in given:
         args.create_attention_mask_in_dataloader = False  # its batches are packed and have none
     if given.get("mtp_num_layers") == 0:
         args.mtp_num_layers = None  # Megatron's for no MTP layers; of 0 it would build a block
@@ -113,6 +114,8 @@ def layout_problems(args: Any, config: Step35Config) -> list[str]:
             "Step-3.5 layers train and evaluate only"
         )
     problems += _parallel_size_problems(args, config)
+    if _is_packed(args):
+        problems += _packing_problems(args)
     if args.context_parallel_size > 1:
         problems += _context_parallel_problems(args, config)
     return problems
@@ -200,10 +203,32 @@ def _parallel_size_problems(args: Any, config: Step35Config) -> list[str]:
     return problems
 
 
+def _is_packed(args: Any) -> bool:
+    """Whether batches are packed documents; the second argument is not in each release."""
+    return args.sft or getattr(args, "dataloader_inter_document_masking", False)
+
+
+def _packing_problems(args: Any) -> list[str]:
+    """Of batches of packed documents."""
+    option = "--sft" if args.sft else "--dataloader-inter-document-masking"
+    problems = []
+    if args.micro_batch_size not in (None, 1):
+        problems.append(
+            f"--micro-batch-size: expected 1 with {option}, found {args.micro_batch_size}; a "
+            "longer --seq-length packs more documents"
+        )
+    if args.context_parallel_size > 1 and not args.calculate_per_token_loss:
+        problems.append(
+            f"{option}: expected --calculate-per-token-loss with --context-parallel-size "
+            f"{args.context_parallel_size}: without it each rank's gradients are the mean over its "
+            "own tokens, of which prompts and padding leave a different number on each; add it"
+        )
+    return problems
+
+
 def _context_parallel_problems(args: Any, config: Step35Config) -> list[str]:
     problems = []
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
-    groups = config.num_attention_groups
     local = args.transformer_impl == "local"
     # Not in each release.
     if local and getattr(args, "hybrid_context_parallel", False):
@@ -223,18 +248,7 @@ def _context_parallel_problems(args: Any, config: Step35Config) -> list[str]:
             "--context-parallel-size: with --transformer-impl local, expected "
             "--no-create-attention-mask-in-dataloader too; attention is causal without it"
         )
-    has_window = any(plan.window_size is not None for plan in config.layers)
-    if args.transformer_impl == "transformer_engine" and has_window:
-        kinds = args.cp_comm_type or ["p2p"]
-        if wrong := [kind for kind in kinds if kind not in ("a2a", "all_gather")]:
-            problems.append(
-                f"--cp-comm-type: expected a2a or all_gather, with which Transformer Engine knows "
-                f"sliding windows, found {' '.join(wrong)}"
-            )
-        elif "a2a" in kinds and groups % (tp * cp):
-            problems.append(
-                f"--context-parallel-size: with --cp-comm-type a2a, expected that "
-                f"num_attention_groups={groups} can be divided by tensor x context parallel size, "
-                f"found {tp} x {cp}; use --cp-comm-type all_gather"
-            )
+    if args.transformer_impl == "transformer_engine":
+        found = cp_comm_type_problems(args.cp_comm_type or ["p2p"], config, tp, cp)
+        problems += [problem.replace("cp_comm_type", "--cp-comm-type", 1) for problem in found]
     return problems

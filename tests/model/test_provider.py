@@ -13,6 +13,7 @@ from support.reference import Reference, random_tokens, random_weights, tiny_con
 from step35_patch import Step35Config, Step35ModelProvider
 from step35_patch.checkpoint import load_hf_weights
 from step35_patch.model.description import runtime_for
+from step35_patch.model.layer import layer_config
 from step35_patch.model.megatron_fields import FIELDS, model_fields
 
 pytestmark = pytest.mark.megatron
@@ -189,6 +190,15 @@ def test_published_router_bias_stays_unless_a_rate_is_given(published, options):
         _update_router_expert_bias([model], model.config)
     off = (run(model, tokens) - before).abs().max().item()
     assert off > 1 if options else off == 0
+
+
+def test_each_layer_communicates_in_its_own_way(published):
+    """MTP layers, which Megatron-Core numbers from 1, have the last sliding layer's."""
+    kinds = ["p2p", "a2a", "all_gather", "a2a", "p2p", "all_gather"]
+    provider = Step35ModelProvider.from_hf(published[2], cp_comm_type=kinds)
+    layers = provider.hf_config.layers
+    found = [layer_config(provider, provider.step35, plan).cp_comm_type for plan in layers]
+    assert found == [*kinds, "all_gather", "all_gather"]
 
 
 def test_detached_heads_are_refused(tmp_path):

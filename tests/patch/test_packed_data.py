@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from support.packed_runs import PACK, TOKENIZER, packs
-from support.reference import random_weights, tiny_config, write_hf_folder
+from support.packed_runs import CONVERSATIONS, PACK, TOKENIZER, packs
+from support.reference import tiny_config
 
 import step35_patch
 
@@ -25,8 +26,9 @@ from step35_patch.patch.packed_data import in_slots, partitioned_indices  # noqa
 
 @pytest.fixture
 def active(tmp_path):
-    config = tiny_config()
-    step35_patch.activate(write_hf_folder(tmp_path / "hf", config, random_weights(config, 1)))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny_config()))
+    step35_patch.activate(path)
     yield
     step35_patch.activate()  # inert again
 
@@ -144,10 +146,6 @@ class Conversations:
     """The data set of --sft with the conversations of the tests, without the package `datasets`."""
 
     def __init__(self, prompt_format: str, ranks: int):
-        import json
-
-        from support.packed_runs import CONVERSATIONS
-
         lines = CONVERSATIONS.read_text().splitlines()
         tokenizer = sft_tokenizer.SFTTokenizer(str(TOKENIZER), prompt_format)
         self.dataset = SFTDataset.__new__(SFTDataset)

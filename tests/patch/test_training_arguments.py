@@ -7,7 +7,7 @@ import json
 import warnings
 
 import pytest
-from support.reference import FULL, tiny_config
+from support.reference import FULL, SLIDING, tiny_config
 
 import step35_patch
 from step35_patch import Step35Config
@@ -122,7 +122,15 @@ def test_all_problems_come_in_one_error(parse):
     [
         ("--context-parallel-size 2 --transformer-impl local", "no-create-attention-mask"),
         ("--context-parallel-size 2", "--cp-comm-type: expected a2a or all_gather"),
-        ("--context-parallel-size 4 --cp-comm-type a2a", "use --cp-comm-type all_gather"),
+        ("--context-parallel-size 4 --cp-comm-type a2a", "size = 1 x 4, .* use all_gather there"),
+        (
+            "--context-parallel-size 2 --cp-comm-type p2p p2p a2a all_gather p2p a2a",
+            r"--cp-comm-type: .* with a sliding window, .* found p2p in 1; give",
+        ),
+        (
+            "--context-parallel-size 2 --cp-comm-type a2a a2a",
+            "--cp-comm-type: expected one value, or one for each of num_hidden_layers=6, found 2",
+        ),
         ("--cuda-graph-impl local", "--cuda-graph-impl: expected none, found local"),
         ("--flash-decode", "--flash-decode: expected False, found True"),
         ("--use-rope-scaling", "--use-rope-scaling: expected False"),
@@ -226,6 +234,18 @@ def test_router_bias_is_fixed_unless_a_rate_is_given(parse):
 def test_what_misleads_is_said(parse, words, message):
     with pytest.warns(RuntimeWarning, match=message):
         parse(*words.split(), config=tiny_config())
+
+
+def test_full_layers_may_send_keys_round_in_a_ring(parse):
+    """A list has a value for each decoder layer; the MTP layers have the last sliding one's."""
+    words = "--context-parallel-size 2 --cp-comm-type p2p a2a all_gather a2a p2p all_gather"
+    parse(*words.split(), config=tiny_config())
+    # One that is cut for a ring of four, in sliding layers by all_gather alone.
+    words = "--context-parallel-size 4 --cp-comm-type p2p" + " all_gather" * 3 + " p2p all_gather"
+    parse(*words.split(), config=tiny_config())
+    config = tiny_config(layer_types=[FULL] * 6 + [SLIDING] * 2)
+    with pytest.raises(Step35ArgumentError, match=r"found p2p in 6, 7; give"):
+        parse("--context-parallel-size", "2", config=config)
 
 
 def test_context_parallelism_is_free_where_there_is_no_window(parse):

@@ -170,7 +170,7 @@ def _cases() -> dict[str, Case]:
         add(layout, "packed", documents="packed")
     for layout in ("one process", "tp2 with sequence parallelism", "pipeline"):
         add(layout, "packed in padded slots", documents="slots")
-    # Else Megatron-Core takes the mean over the tokens of each rank, which has more or less padding.
+    # Else Megatron-Core takes the mean over the tokens of each rank, of which padding is a part.
     slots: dict[str, Any] = {"per_token": True, "documents": "slots"}
     for layout in ("context parallel", "cp4", "tp2 and cp2", "pp2 and cp2"):
         add(layout, "packed", documents="aligned")

@@ -239,7 +239,7 @@ def _is_mtp(name: str) -> bool:
 
 
 def trained_apart(
-    batches: Iterable[list[list[Document]]], *, mtp: bool = True
+    batches: Iterable[list[list[Document]]], *, mtp: bool = True, per_token: bool = False
 ) -> dict[int, Iteration]:
     """What Megatron-Core should log: transformers' model trained on each document by itself.
 
@@ -249,6 +249,8 @@ def trained_apart(
     Args:
         batches: an iteration's packs each.
         mtp: whether the MTP layers are trained.
+        per_token: whether each counted token of a batch weighs the same
+            (--calculate-per-token-loss), in which a pack's MTP losses weigh as its main loss does.
     """
     model = Reference(config(), weights())
     if not mtp:
@@ -267,6 +269,7 @@ def trained_apart(
     for number, batch in enumerate(batches, 1):
         optimizer.zero_grad()
         main_sum, main_count, mtp_losses = 0.0, 0, torch.zeros(len(model.mtp_layers))
+        objectives, pack_counts = [], []
         for pack in batch:
             by_document = [_sums(model, document) for document in pack]
             sums = [sum(loss for loss, _ in of_one) for of_one in zip(*by_document, strict=True)]
@@ -275,9 +278,12 @@ def trained_apart(
             ]
             means = [loss / max(count, 1) for loss, count in zip(sums, counts, strict=True)]
             objective = means[0] + MTP_SCALE * sum(means[1:]) / max(len(means[1:]), 1)
-            (objective / len(batch)).backward()
+            objectives.append(objective)
+            pack_counts.append(counts[0] if per_token else 1)
             main_sum, main_count = main_sum + sums[0].item(), main_count + counts[0]
             mtp_losses += torch.tensor([mean.item() for mean in means[1:]]) / len(batch)
+        weighted = zip(objectives, pack_counts, strict=True)
+        (sum(loss * weight for loss, weight in weighted) / sum(pack_counts)).backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         logged[number] = Iteration(main_sum / main_count, tuple(mtp_losses.tolist()), norm.item())

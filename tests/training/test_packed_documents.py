@@ -35,6 +35,7 @@ LAYOUTS = {
         6,
         "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 3",
     ),
+    "cp2": (2, "--context-parallel-size 2 --calculate-per-token-loss"),
     # The last stage has no MTP layers, for which it would get the tokens.
     "tp2 pp2, no mtp": (
         4,
@@ -74,8 +75,11 @@ def test_conversations(checkout, layout, start):
     """All tokens are predicted, by a document's last one even the next one's first, if let."""
     pytest.importorskip("datasets")
     found = _train(checkout, start, *sft_arguments(), layout=layout)
-    mtp = "no mtp" not in layout
-    assert_same_training(found, trained_apart(batches(packs()), mtp=mtp))
+    cut = layout == "cp2"
+    expected = trained_apart(
+        batches(packs(granularity=4 if cut else 1)), mtp="no mtp" not in layout, per_token=cut
+    )
+    assert_same_training(found, expected)
 
 
 @pytest.mark.parametrize("checkout", CHECKOUTS, ids=lambda path: path.name)
@@ -87,11 +91,13 @@ def test_answers_alone_are_predicted(checkout, start):
 
 
 @pytest.mark.parametrize("checkout", CHECKOUTS, ids=lambda path: path.name)
-@pytest.mark.parametrize("layout", ["one process", "tp2 pp3"])
+@pytest.mark.parametrize("layout", ["one process", "tp2 pp3", "cp2"])
 def test_indexed_documents(checkout, layout, start, indexed, tmp_path):
     if any(old in checkout.name for old in ("0.17", "0.18")):
         pytest.skip("--dataloader-inter-document-masking is new in Megatron-Core 0.19")
     options = packed_runs.document_arguments(indexed, tmp_path / "theirs")
     found = _train(checkout, start, *options, layout=layout)
-    expected = trained_apart(batches(packed_runs.sampled_packs(indexed, tmp_path / "ours")))
+    cut = layout == "cp2"
+    found_packs = packed_runs.sampled_packs(indexed, tmp_path / "ours", 4 if cut else 1)
+    expected = trained_apart(batches(found_packs), per_token=cut)
     assert_same_training(found, expected)
