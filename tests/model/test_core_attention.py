@@ -227,7 +227,7 @@ def test_cross_attention_is_an_error():
         ),
         (
             dict(packed_seq_params=PackedSeqParams(qkv_format="sbhd", local_cp_size=2)),
-            "local_cp_size: expected None or 1, found 2",
+            r"local_cp_size and cp_group: expected None, .* found 2",
         ),
         (dict(packed_seq_params=PackedSeqParams(qkv_format="thd")), "cu_seqlens_q: .*found None"),
         (
@@ -252,5 +252,9 @@ def test_what_context_parallelism_cannot_do_is_an_error():
     inputs = random_qkv(8, 1, 4, 2, 16)
     with pytest.raises(ValueError, match=r"attention_mask: .*no-create-attention-mask"):
         call(module, inputs, mask=torch.zeros(1, 1, 8, 32, dtype=torch.bool))
-    with pytest.raises(ValueError, match="qkv_format: expected 'sbhd' under context"):
-        call(module, inputs, packed_seq_params=PackedSeqParams(qkv_format="thd"))
+    bounds = torch.tensor([0, 12, 32], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    with pytest.raises(
+        ValueError, match=r"expected a multiple of .* = 8 .* found 12 in document 0"
+    ):
+        call(module, [x.squeeze(1) for x in inputs], packed_seq_params=packed)
