@@ -158,6 +158,14 @@ def test_all_problems_come_in_one_error(parse):
         ("--reset-position-ids", "--reset-position-ids: .* without --reset-attention-mask"),
         ("--sft --reset-position-ids", "--reset-position-ids: expected none with --sft"),
         (
+            "--sft --micro-batch-size 2",
+            "--micro-batch-size: expected 1 with --sft, found 2",
+        ),
+        (
+            "--sft --context-parallel-size 2 --transformer-impl local",
+            "--sft: expected --calculate-per-token-loss with --context-parallel-size 2",
+        ),
+        (
             "--padded-vocab-size 97 --tensor-model-parallel-size 2",
             "--padded-vocab-size: .* of .* while --step35-padded-logits is masked",
         ),
