@@ -145,7 +145,7 @@ class Run:
     def train(self, steps: int = STEPS) -> dict[str, Any]:
         """Gradients of the first step, logs of all, changes of the weights over all."""
         start = self._published()
-        batches, logs, gradients = self._batches(), [], {}
+        batches, logs, gradients = self.batches(), [], {}
         for number in range(steps):
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
@@ -207,26 +207,33 @@ class Run:
             moe_utils.clear_aux_losses_tracker()
         return {name: float(value) for name, value in logged.items()}
 
-    def _batches(self) -> list[dict[str, Any]]:
+    def batches(self) -> list[dict[str, Any]]:
+        """This rank's share of this data-parallel rank's micro-batches."""
+        return [
+            {
+                "seq_length": batch["tokens"].shape[1],
+                "own_loss": self.spec["own_loss"],
+                **self.share(batch),
+            }
+            for batch in self.whole_batches()
+        ]
+
+    def share(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """What context parallelism deals to this rank of tensors [1, s]."""
+        group = parallel_state.get_context_parallel_group()
+        return _share(batch, group.rank(), group.size())
+
+    def whole_batches(self) -> list[dict[str, Any]]:
         """This data-parallel rank's micro-batches of one sample each."""
         samples = self.spec["samples"]
         ranks = parallel_state.get_data_parallel_world_size()
         own = range(samples)[parallel_state.get_data_parallel_rank() * samples // ranks :]
         documents, mask = self.spec["documents"], self.spec["mask"]
-        batches = [
+        return [
             _packed(sample, documents, mask)
             if documents
             else _plain(sample, samples, mask, self.provider.vocab_size)
             for sample in own[: samples // ranks]
-        ]
-        group = parallel_state.get_context_parallel_group()
-        return [
-            {
-                "seq_length": batch["tokens"].shape[1],
-                "own_loss": self.spec["own_loss"],
-                **_share(batch, group.rank(), group.size()),
-            }
-            for batch in batches
         ]
 
 
