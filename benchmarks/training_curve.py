@@ -70,8 +70,10 @@ def _versions() -> str:
 
     import step35_patch
 
+    # Without the commit that it may name, of the folder that this runs in.
+    version = megatron.core.__version__.partition("+")[0]
     return (
-        f"step35_patch {step35_patch.__version__}, Megatron-Core {megatron.core.__version__}, "
+        f"step35_patch {step35_patch.__version__}, Megatron-Core {version}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}, fp32, CPU "
         f"({platform.machine()}), {datetime.date.today()}"
     )
