@@ -397,7 +397,7 @@ def test_a_missing_target_is_refused(installed, script, first):
         step35_patch.activate(PUBLISHED)
         assert layers(importlib.import_module(module).get_gpt_decoder_block_spec) == OURS
         missing = [t.attribute for t in step35_patch.status().targets if t.state == "missing"]
-        # 0.17 lacks the module of the other.
-        assert [n for n in missing if n != "MoEMetricsTracker.report"] == ["no_such_option"]
+        # Some releases lack other optional ones.
+        assert [n for n in missing if n.startswith("no_such")] == ["no_such_option"]
         """)
     installed.check(program)
