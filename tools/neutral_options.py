@@ -124,7 +124,7 @@ _NAMES = {
         output_layer_init_method perform_initialization seed te_rng_tracker use_cpu_initialization
         use_te_rng_tracker inference_rng_tracker
     """,
-    "batches of packed conversations; refused with CP on the torch path": """
+    "batches of packed conversations": """
         sft sft_tokenizer_prompt_format
     """,
     "rows beyond vocab_size, which are masked": "make_vocab_size_divisible_by",
