@@ -1,5 +1,6 @@
 """Megatron-Core asks for a CUDA device even on its CPU paths; the stand-in plays it here."""
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -7,17 +8,24 @@ import torch
 
 pytest.register_assert_rewrite("support")
 
+from support import implementation  # noqa: E402
 from support.ranks import Ranks, worker_ranks  # noqa: E402
 
 if not torch.cuda.is_available():
-    from step35_patch import cpu
-
-    cpu.install()
+    implementation.install()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow tests first, so that no worker is left alone with one at the end of a run."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The slow tests first, so that no worker is left alone with one at the end of a run.
+
+    Those that are about Transformer Engine alone only where it is tested.
+    """
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if not implementation.ON_TRANSFORMER_ENGINE:
+        marked = (item.get_closest_marker("transformer_engine") for item in items)
+        elsewhere = [mark is not None and mark.kwargs.get("only", False) for mark in marked]
+        config.hook.pytest_deselected(items=[*itertools.compress(items, elsewhere)])
+        items[:] = [item for item, other in zip(items, elsewhere, strict=True) if not other]
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,16 @@ STATE = VENV / "step35-setup"
 INCOMPLETE, OUTDATED = "incomplete", "outdated"
 # The newest tested Megatron-Core is in .venv itself; these lie in folders for PYTHONPATH.
 OLDER_MEGATRON_CORES = ("0.18", "0.17")
+# Transformer Engine's Python, for PYTHONPATH too, so that only the tests that are meant to have it
+# do. tests/support/te_on_cpu stands in for its compiled part, and says for which version. All that
+# is imported of it is named, because with its dependencies it would bring a PyTorch of its own.
+TRANSFORMER_ENGINE = VENV / "transformer-engine"
+TRANSFORMER_ENGINE_NEEDS = (
+    *("transformer-engine==2.20.2", "einops", "ml_dtypes", "nvdlfw-inspect"),
+    *("onnx", "onnx_ir", "onnxscript", "protobuf"),
+)
+# See tests/support/implementation.py.
+IMPLEMENTATION = "STEP35_TEST_IMPLEMENTATION"
 # Tests run side by side, one worker a core: most start processes of their own. A worker takes over
 # tests of another when it has done its own.
 WORKERS = ("-n", str(os.cpu_count() or 1), "--dist", "worksteal", "--durations", "20")
@@ -60,17 +70,21 @@ def report(stage: str, started: float) -> None:
     print(f"[{stage}: {time.monotonic() - started:.0f} s]", flush=True)
 
 
-def environment(python_path: Path | None = None) -> dict[str, str]:
-    """The caller's environment with .venv active, and without what would change the results."""
+def environment(*python_path: Path) -> dict[str, str]:
+    """The caller's environment with .venv active, and without what would change the results.
+
+    STEP35_TEST_* stay: they say what else is to be tested.
+    """
     variables = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith("STEP35_") and name not in ("PYTHONPATH", "PYTHONHOME")
+        if name.startswith("STEP35_TEST_")
+        or not (name.startswith("STEP35_") or name in ("PYTHONPATH", "PYTHONHOME"))
     }
     variables["VIRTUAL_ENV"] = str(VENV)
     variables["PATH"] = f"{VENV / 'bin'}{os.pathsep}{variables.get('PATH', os.defpath)}"
-    if python_path is not None:
-        variables["PYTHONPATH"] = str(python_path)
+    if python_path:
+        variables["PYTHONPATH"] = os.pathsep.join(map(str, python_path))
     return variables
 
 
@@ -103,6 +117,8 @@ def set_up() -> None:
             target = megatron_core(version)
             shutil.rmtree(target, ignore_errors=True)
             pip("--no-deps", "--target", str(target), f"megatron-core=={version}.*")
+        shutil.rmtree(TRANSFORMER_ENGINE, ignore_errors=True)
+        pip("--no-deps", "--target", str(TRANSFORMER_ENGINE), *TRANSFORMER_ENGINE_NEEDS)
         STATE.write_text(wanted)
 
 
@@ -134,18 +150,23 @@ def call(*command: str) -> None:
 
 def test_all(arguments: list[str], quick: bool) -> int:
     """Style and types; all tests with the newest Megatron-Core, and those that depend on it with
-    the others.
+    the others. With each, those that run on Transformer Engine once more on it.
 
     Quick: only those that are not slow, and with the newest only.
     """
     clean = lint()
-    only = ["not slow"] if quick else []
-    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
-    statuses = [run_tests("newest Megatron-Core", None, only, arguments, counts)]
+    speed = ["not slow"] if quick else []
+    runs: list[tuple[str, list[Path], list[str]]] = [("newest Megatron-Core", [], speed)]
     for version in () if quick else OLDER_MEGATRON_CORES:
-        name = f"Megatron-Core {version}"
-        path = megatron_core(version)
-        statuses.append(run_tests(name, path, ["megatron"], arguments, counts))
+        runs.append((f"Megatron-Core {version}", [megatron_core(version)], ["megatron"]))
+    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    statuses = []
+    for name, path, only in runs:
+        local = environment(*path) | {IMPLEMENTATION: "local"}
+        statuses.append(run_tests(name, local, only, arguments, counts))
+        engine = environment(TRANSFORMER_ENGINE, *path) | {IMPLEMENTATION: "transformer_engine"}
+        name, only = f"{name} on Transformer Engine", [*only, "transformer_engine"]
+        statuses.append(run_tests(name, engine, only, arguments, counts))
     failed = counts["failures"] + counts["errors"]
     passed = counts["tests"] - failed - counts["skipped"]
     print(f"{passed} passed, {failed} failed, {counts['skipped']} skipped")
@@ -169,7 +190,7 @@ def lint() -> bool:
 
 def run_tests(
     name: str,
-    python_path: Path | None,
+    variables: dict[str, str],
     only: list[str],
     arguments: list[str],
     counts: dict[str, int],
@@ -183,8 +204,9 @@ def run_tests(
         if only:
             command += ["-m", " and ".join(only)]
         # One thread a process: threads of several processes would wait for each other.
-        variables = environment(python_path) | {"OMP_NUM_THREADS": "1"}
-        status = subprocess.run(command, cwd=ROOT, env=variables).returncode
+        status = subprocess.run(
+            command, cwd=ROOT, env=variables | {"OMP_NUM_THREADS": "1"}
+        ).returncode
         if result.exists():
             for suite in xml.etree.ElementTree.parse(result).iter("testsuite"):
                 for key in counts:

@@ -16,7 +16,7 @@ from support.reference import (
     write_hf_folder,
 )
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.transformer_engine]
 
 
 @pytest.fixture(scope="module")

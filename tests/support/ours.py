@@ -10,6 +10,7 @@ import torch
 
 from step35_patch import Step35ModelProvider
 from step35_patch.checkpoint import load_hf_weights, published_tensors_of
+from support.implementation import IMPLEMENTATION, ON_TRANSFORMER_ENGINE
 
 
 def initialize_megatron(world_size: int = 1, **sizes: int) -> None:
@@ -27,13 +28,17 @@ def initialize_megatron(world_size: int = 1, **sizes: int) -> None:
 
 
 def build(hf_dir: Path, **overrides) -> torch.nn.Module:
-    """A GPTModel on the CPU with the weights of a folder, local transformer implementation."""
+    """A GPTModel on the CPU with the weights of a folder, on the implementation that is tested."""
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     initialize_megatron()
     # Process-wide, and of the size of the first model's MTP layers.
     MTPLossLoggingHelper.tracker.clear()
-    options = {"transformer_impl": "local", "use_cpu_initialization": True}
+    options = {
+        "transformer_impl": IMPLEMENTATION,
+        "moe_grouped_gemm": ON_TRANSFORMER_ENGINE,
+        "use_cpu_initialization": True,
+    }
     provider = Step35ModelProvider.from_hf(hf_dir, **(options | overrides))
     model = provider.provide()
     load_hf_weights(model, hf_dir)
