@@ -205,7 +205,22 @@ def by_slots(packed_seq_params: PackedSeqParams | None) -> PackedSeqParams | Non
 
 
 class Step35MultiTokenPredictionLayer(MultiTokenPredictionLayer):
-    """Megatron-Core's MTP layer, whose tokens are rolled within their padded slots."""
+    """Megatron-Core's MTP layer, whose tokens are rolled within their padded slots.
+
+    And which full recomputation can call: 0.18.2 hands a padding mask to a function without one.
+    """
+
+    def _checkpointed_forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward = super()._checkpointed_forward
+        known = inspect.signature(forward).parameters.values()
+        lacks_it = not any(p.name == "padding_mask" or p.kind == p.VAR_KEYWORD for p in known)
+        if lacks_it and kwargs.pop("padding_mask", None) is not None:
+            raise ValueError(
+                "padding_mask: expected None, found a mask, which this Megatron-Core cannot hand "
+                "to MTP layers that are recomputed; leave it out, set recompute_granularity to "
+                "selective, or install megatron-core 0.19"
+            )
+        return forward(*args, **kwargs)
 
     def _get_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         roll = super()._get_embeddings

@@ -10,6 +10,7 @@ import dataclasses
 
 import pytest
 import torch
+from support.implementation import ON_TRANSFORMER_ENGINE
 from support.ours import build
 from support.parity import compare
 from support.reference import (
@@ -30,7 +31,7 @@ from step35_patch.checkpoint import load_hf_weights
 from step35_patch.model.norm import Step35RMSNorm
 from step35_patch.model.swiglu import ClampedSwiGLU
 
-pytestmark = pytest.mark.megatron
+pytestmark = [pytest.mark.megatron, pytest.mark.transformer_engine]
 
 _scaling = tiny_config()["rope_scaling"]
 _rope_theta = tiny_config()["rope_theta"]
@@ -73,6 +74,14 @@ def _uncentred_norm(self, x):
     return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+# Where the norm is computed: in Transformer Engine's kernel, which is told that it is centred.
+UNCENTRED_NORM = (
+    ("support.te_on_cpu.norms", "_gamma", lambda weight, zero_centered: weight.float())
+    if ON_TRANSFORMER_ENGINE
+    else (Step35RMSNorm, "forward", _uncentred_norm)
+)
+
+
 def _gate_without_sigmoid(self, x, gate):
     return (x.view(*gate.shape, -1) * gate.unsqueeze(-1)).view(x.shape)
 
@@ -81,6 +90,7 @@ def _gate_of_the_next_head(self, x, gate):
     return (x.view(*gate.shape, -1) * gate.roll(1, -1).sigmoid().unsqueeze(-1)).view(x.shape)
 
 
+_gate = step35_patch.model.attention.Step35SelfAttention._apply_output_gate
 _pack_qkv = step35_patch.tensors.qkv.pack_qkv
 
 
@@ -89,12 +99,19 @@ def _gate_after_the_keys(q, k, v, g, plan, layout):
     return _pack_qkv(q, k, v, g.roll(1, 0), plan, layout)
 
 
-def _change_plans(**changes):
+def _gate_of_the_next_head_in_one_layer(self, x, gate):
+    return (_gate_of_the_next_head if self.layer_number == 4 else _gate)(self, x, gate)
+
+
+def _change_plans(*layers, **changes):
+    """Change the plans of some layers, of all if none are named."""
     resolve = Step35Config.resolve
 
     def resolve_wrongly(self, window):
         return tuple(
             dataclasses.replace(plan, **{name: get(plan) for name, get in changes.items()})
+            if not layers or plan.index in layers
+            else plan
             for plan in resolve(self, window)
         )
 
@@ -107,7 +124,7 @@ _output_layer_of_the_model = staticmethod(lambda output_layer: output_layer)
 WRONG_CODE = {
     "clamp before silu": (ClampedSwiGLU, "forward", _clamp_before_silu),
     "gate clamped from below": (ClampedSwiGLU, "forward", _clamp_gate_below_too),
-    "uncentred norm": (Step35RMSNorm, "forward", _uncentred_norm),
+    "uncentred norm": UNCENTRED_NORM,
     "gate without sigmoid": (
         step35_patch.model.attention.Step35SelfAttention,
         "_apply_output_gate",
@@ -118,6 +135,15 @@ WRONG_CODE = {
         "_apply_output_gate",
         _gate_of_the_next_head,
     ),
+    "gate of another head in one layer": (
+        step35_patch.model.attention.Step35SelfAttention,
+        "_apply_output_gate",
+        _gate_of_the_next_head_in_one_layer,
+    ),
+    "no window in one layer": _change_plans(3, window_size=lambda p: None),
+    "another RoPE base in one layer": _change_plans(3, rotary_base=lambda p: 50.0),
+    "no clamp in one layer's experts": _change_plans(3, swiglu_limit=lambda p: None),
+    "no clamp in one layer's shared expert": _change_plans(3, swiglu_limit_shared=lambda p: None),
     "gate rows of another head": (
         "step35_patch.model.live_weights",
         "pack_qkv",

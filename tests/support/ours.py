@@ -16,6 +16,7 @@ from support.implementation import IMPLEMENTATION, ON_TRANSFORMER_ENGINE
 def initialize_megatron(world_size: int = 1, **sizes: int) -> None:
     """torch.distributed (gloo) and Megatron-Core's groups, once in a process."""
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if torch.distributed.is_initialized():
         return
@@ -25,6 +26,8 @@ def initialize_megatron(world_size: int = 1, **sizes: int) -> None:
     else:
         torch.distributed.init_process_group("gloo")
     parallel_state.initialize_model_parallel(**sizes)
+    # Transformer Engine's modules and recomputation ask for its generators.
+    model_parallel_cuda_manual_seed(1234)
 
 
 def build(hf_dir: Path, **overrides) -> torch.nn.Module:

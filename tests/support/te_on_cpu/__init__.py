@@ -13,7 +13,8 @@ the real one: modules, autograd functions, attention's choice of a backend, the 
 kernel computes with torch what the kernel of its name is documented to compute; signatures and
 returned tuples are those of csrc/extensions/pybind.cpp of 2.20.2.
 
-What it can show: names, shapes, layouts, the wiring of modules, arguments that reach kernels. What
+Kernels that are written in Triton, such as those of permutation, run in Triton's interpreter. What
+it can show: names, shapes, layouts, the wiring of modules, arguments that reach kernels. What
 it cannot: the kernels' numbers and limits, streams and races, anything with FP8. Attention runs in
 Transformer Engine's own unfused torch backend, because flash-attn is absent and
 `get_fused_attn_backend` says that cuDNN has no kernel; with `install(cudnn=True)` in its
@@ -42,6 +43,7 @@ import torch
 # The modules are imported for the kernels that they register.
 from support.te_on_cpu import (  # noqa: F401
     activations,
+    apex,
     attention,
     fused_attention,
     matmul,
@@ -88,8 +90,10 @@ def install(cudnn: bool = False) -> types.ModuleType:
         raise RuntimeError("te_on_cpu.install() must come before Megatron-Core is imported")
     for name in [n for n in sys.modules if n.split(".")[0] == "transformer_engine"]:
         del sys.modules[name]  # a None, which stands for "not installed"; or a failed import
-    # torch.compile would compile for the GPU that torch.cuda claims.
+    # torch.compile and Triton would compile for the GPU that torch.cuda claims.
     os.environ.setdefault("NVTE_TORCH_COMPILE", "0")
+    os.environ["TRITON_INTERPRET"] = "1"
+    apex.install()
     extension = sys.modules[NAME] = Extension(NAME, __doc__)
     extension.fill()
     try:
@@ -97,9 +101,17 @@ def install(cudnn: bool = False) -> types.ModuleType:
     except BaseException:
         del sys.modules[NAME]
         raise
+    _choose_untimed()
     if cudnn:
         fused_attention.offer()
     return extension
+
+
+def _choose_untimed() -> None:
+    """Have Triton take the first variant of a kernel: there is no device to time them on."""
+    from triton.runtime.autotuner import Autotuner
+
+    Autotuner._bench = lambda self, *args, config, **meta: [1.0, 1.0, 1.0]
 
 
 def _import_package() -> None:
