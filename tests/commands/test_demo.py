@@ -52,7 +52,6 @@ def short_demo(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.megatron
 def test_demo_trains_resumes_and_says_what_it_did(short_demo):
     result, _ = short_demo
     assert result.returncode == 0, result.stdout + result.stderr
@@ -66,7 +65,6 @@ def test_demo_trains_resumes_and_says_what_it_did(short_demo):
 
 
 @pytest.mark.slow
-@pytest.mark.megatron
 def test_demo_keeps_what_it_made(short_demo):
     folder = short_demo[1]
     assert Step35Config.from_pretrained(folder / "config.json").num_hidden_layers == 9
@@ -80,7 +78,6 @@ def test_demo_keeps_what_it_made(short_demo):
 
 
 @pytest.mark.slow
-@pytest.mark.megatron
 def test_printed_command_is_the_one_that_ran(short_demo, tmp_path):
     """Pasted into a shell it trains; here only as far as its first loss."""
     result, folder = short_demo

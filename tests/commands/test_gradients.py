@@ -63,7 +63,6 @@ def test_worst_gradient_is_named(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.megatron
 def test_layout_agrees(tmp_path, capsys):
     write_config(tmp_path)
     words = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--overlap-grad-reduce"]

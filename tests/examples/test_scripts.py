@@ -18,8 +18,6 @@ from support.layout_runs import iterations, write_config
 import step35_patch
 from step35_patch.patch.parse_args import Step35ArgumentError
 
-pytestmark = pytest.mark.megatron
-
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PUBLISHED = Path(step35_patch.__file__).parent / "data" / "step-3.5-flash.json"
 # Name: (processes, Megatron-Cores whose arguments it needs)
@@ -77,6 +75,7 @@ def check(monkeypatch):
     step35_patch.activate()
 
 
+@pytest.mark.megatron
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_arguments_are_accepted(check, tmp_path, name):
     model = write_config(tmp_path / "model") if name.startswith("toy") else PUBLISHED
@@ -92,6 +91,7 @@ def test_arguments_are_accepted(check, tmp_path, name):
         assert args.step35_decay_1d
 
 
+@pytest.mark.megatron
 def test_scripts_are_checked(check, tmp_path):
     """A ring where there is a window is found in the script's own arguments."""
     words = expand("sft_torchrun.sh", PUBLISHED, tmp_path)

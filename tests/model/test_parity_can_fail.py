@@ -31,7 +31,7 @@ from step35_patch.checkpoint import load_hf_weights
 from step35_patch.model.norm import Step35RMSNorm
 from step35_patch.model.swiglu import ClampedSwiGLU
 
-pytestmark = [pytest.mark.megatron, pytest.mark.transformer_engine]
+pytestmark = pytest.mark.transformer_engine
 
 _scaling = tiny_config()["rope_scaling"]
 _rope_theta = tiny_config()["rope_theta"]

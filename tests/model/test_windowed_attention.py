@@ -20,9 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from step35_patch.model.windowed_attention import attend_to_prefix, windowed_attention
 
-pytestmark = pytest.mark.megatron
-
-
 # --- Windows --------------------------------------------------------------------------------------
 
 

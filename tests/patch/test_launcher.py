@@ -5,8 +5,6 @@ import textwrap
 import pytest
 from support.installed import PUBLISHED, ROOT
 
-megatron = pytest.mark.megatron
-
 
 def test_launcher_runs_a_script_as_python_does(installed, tmp_path):
     (tmp_path / "beside.py").write_text("")
@@ -97,7 +95,6 @@ def test_launcher_says_when_children_stay_unpatched(installed, tmp_path):
     assert "processes that it starts are not" in done.stderr
 
 
-@megatron
 @pytest.mark.slow
 def test_torchrun(installed, script, broken_config):
     program = script("""

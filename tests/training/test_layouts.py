@@ -31,10 +31,22 @@ from step35_patch import Step35Config
 from step35_patch.convert import Options, convert_to_hf, convert_to_megatron
 
 pytestmark = pytest.mark.slow
-# With each Megatron-Core; the others run with the newest only.
+# With each Megatron-Core, and so with all that is trained there: under TP and PP, Muon too. The
+# others run with the newest only.
 every_version = pytest.mark.megatron
 
-EVERY_VERSION = ("tp2", "pp2")
+# Where Muon's matrices are cut, or lie elsewhere. "tp2" is in the test of its checkpoints.
+MUON_LAYOUTS = {
+    **{
+        name: LAYOUTS[name]
+        for name in (
+            *("pp2", "vpp", "mtp layers alone between", "ep2", "cp2"),
+            *("tp4", "tp2 ep2 etp1"),
+        )
+    },
+    # Megatron-Core's Muon knows its distributed optimizer in bf16 only: see below.
+    "dp2": (2, ""),
+}
 # Started by a torchrun of their own, as users do; the others share one, which is quicker.
 TORCHRUN = ("tp2", "tp2 pp2")
 
@@ -86,9 +98,7 @@ def start(tmp_path_factory, train):
     return Start(once(tmp_path_factory, "start", lambda folder: Start(folder).make(train)))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[every_version] if n in EVERY_VERSION else []) for n in LAYOUTS]
-)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_layout(start, train, name):
     processes, layout = LAYOUTS[name]
     launch = run if name in TORCHRUN else train
@@ -107,18 +117,9 @@ def muon(tmp_path_factory, start, train):
     return iterations((once(tmp_path_factory, "muon", make) / "log").read_text())
 
 
-@pytest.mark.parametrize(
-    "name",
-    # Megatron-Core's Muon knows its distributed optimizer in bf16 only: see below.
-    [
-        pytest.param(n, marks=[every_version] if n in EVERY_VERSION else [])
-        for n in LAYOUTS
-        if n != "dp2, distributed optimizer"
-    ]
-    + ["dp2"],
-)
+@pytest.mark.parametrize("name", MUON_LAYOUTS)
 def test_layout_with_muon(start, train, muon, name):
-    processes, layout = (LAYOUTS | {"dp2": (2, "")})[name]
+    processes, layout = MUON_LAYOUTS[name]
     words = [*arguments(), *start.load(), *MUON, *layout.split()]
     found = iterations(train(start.config, *words, processes=processes))
     assert_same_training(found, muon)
@@ -126,11 +127,12 @@ def test_layout_with_muon(start, train, muon, name):
 
 
 @every_version
-def test_muon_resumes_bit_for_bit(start, train, tmp_path):
-    """Its momenta too; saved and loaded under TP2."""
+def test_muon_resumes_bit_for_bit(start, train, muon, tmp_path):
+    """Its momenta too; trained as with one process, saved and loaded under TP2."""
     half, saved = ITERATIONS // 2, tmp_path / "saved"
     words = [*LAYOUTS["tp2"][1].split(), *MUON, *arguments(), "--save-interval", str(half)]
-    train(start.config, *words, *start.load(), "--save", str(saved), processes=2)
+    first = train(start.config, *words, *start.load(), "--save", str(saved), processes=2)
+    assert_same_training(iterations(first), muon)
     resume = ["--load", str(saved), "--ckpt-step", str(half), "--exit-on-missing-checkpoint"]
     train(start.config, *words, *resume, "--save", str(tmp_path / "again"), processes=2)
     found = checkpoint_tensors(tmp_path / "again", ITERATIONS)
@@ -201,7 +203,6 @@ def test_converted_checkpoint_trains_alike(start, train, tmp_path):
         train(start.config, *arguments(), *load, "--step35-gate-layout", "expanded")
 
 
-@every_version
 def test_training_without_mtp_layers(start, train, tmp_path):
     """From a checkpoint that has them and from one that has not; resumed, and exported."""
     hf, saved, back = (tmp_path / name for name in ("hf", "saved", "back"))
@@ -280,7 +281,6 @@ def test_checkpoint_of_another_model_is_refused(start, train, tmp_path):
             train(config, *arguments(2), *start.load(), *more)
 
 
-@every_version
 def test_checkpoint_of_another_config_is_accepted_by_field(start, train, tmp_path):
     """And the run that it started goes on from its own checkpoint, with the same arguments."""
     changed, saved = tmp_path / "config.json", tmp_path / "saved"
