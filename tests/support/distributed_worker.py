@@ -11,9 +11,9 @@ import os
 import sys
 from pathlib import Path
 
-from step35_patch import cpu
+from support import implementation
 
-cpu.install()
+implementation.install()
 
 import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
@@ -45,7 +45,8 @@ def build_chunks(hf_dir: Path, layout: dict) -> list[torch.nn.Module]:
     initialize_megatron(int(os.environ["WORLD_SIZE"]), **sizes_of(layout))
     model_parallel_cuda_manual_seed(1)
     options = {
-        "transformer_impl": "local",
+        "transformer_impl": implementation.IMPLEMENTATION,
+        "moe_grouped_gemm": implementation.ON_TRANSFORMER_ENGINE,
         "use_cpu_initialization": True,
         "pipeline_dtype": torch.float32,
         "moe_token_dispatcher_type": "alltoall",

@@ -39,6 +39,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2 and dp2": (4, {PP: 2}),
     "cp4": (4, {CP: 4}),
 }
+LOCAL = {"transformer_impl": "local", "moe_grouped_gemm": False}
 FULL = {
     "recompute_granularity": "full",
     "recompute_method": "uniform",
@@ -100,9 +101,10 @@ class Case:
         return asdict(self) | {"layout": LAYOUTS[self.layout][1] | self.overrides | gathered}
 
     def reference(self) -> Case:
-        """The run with one process that is trained on the same."""
+        """The run with one process that is trained on the same, on Megatron-Core's own layers."""
         return Case(
             "one process",
+            overrides=LOCAL,
             per_token=self.per_token,
             mask=self.mask,
             own_loss=self.own_loss,
@@ -294,7 +296,7 @@ def hold(
 
 
 def _key(reference: Case) -> list[Any]:
-    default = Case("one process")
+    default = Case("one process", overrides=LOCAL)
     changed = asdict(reference)
     return [f"{n}={v}" for n, v in changed.items() if v != getattr(default, n)] or ["plain"]
 

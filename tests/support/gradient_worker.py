@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from step35_patch import cpu
+from support import implementation
 
-cpu.install()
+implementation.install()
 
 import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
@@ -101,6 +101,7 @@ class Run:
         self.spec = spec
         self.provider = provider = _provider(hf_dir, spec)
         sizes: dict[str, Any] = sizes_of(spec["layout"])
+        implementation.install(cudnn="context_parallel_size" in sizes)
         if spec["embedding_ranks"]:
             sizes["get_embedding_ranks"] = provider.embedding_ranks
         initialize_megatron(int(os.environ["WORLD_SIZE"]), **sizes)
@@ -242,7 +243,8 @@ class Run:
 
 def _provider(hf_dir: Path, spec: dict[str, Any]) -> Step35ModelProvider:
     options: dict[str, Any] = {
-        "transformer_impl": "local",
+        "transformer_impl": implementation.IMPLEMENTATION,
+        "moe_grouped_gemm": implementation.ON_TRANSFORMER_ENGINE,
         "use_cpu_initialization": True,
         "pipeline_dtype": torch.float32,
         "moe_token_dispatcher_type": "alltoall",

@@ -1,10 +1,10 @@
-"""What torchrun starts in each rank for tests/support/ranks.py: imports once, then forks.
+"""What tests/support/ranks.py starts: imports once, then forks the ranks of each job.
 
-    torchrun --nproc-per-node N rank_server.py FOLDER PARENT IMPORTS
+    rank_server.py FOLDER PARENT IMPORTS
 
-For each job that appears in FOLDER, a rank that takes part forks a process, which is that rank of
-the job, and says how it ended. When one rank of a job fails, the others, which may wait for it,
-are killed. It ends when the process PARENT has ended, or torchrun ends it.
+For each job that appears in FOLDER, it forks a process a rank and says how they ended. When one
+rank of a job fails, the others, which may wait for it, are killed. It ends when the process PARENT
+has ended.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 
 
 def main(folder: Path, parent: str, imports: str) -> None:
-    rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     exec(imports)
     number = 1
@@ -33,9 +32,8 @@ def main(folder: Path, parent: str, imports: str) -> None:
             time.sleep(0.05)
             continue
         ask = json.loads(job.read_text())
-        if rank < ask["processes"]:
-            status = supervised(fork(ask, rank), folder / f"{number}.failed")
-            write(folder / f"{number}.{rank}.status", str(status))
+        statuses = supervised([fork(ask, rank) for rank in range(ask["processes"])])
+        write(folder / f"{number}.statuses", json.dumps(statuses))
         number += 1
 
 
@@ -67,17 +65,18 @@ def fork(ask: dict[str, Any], rank: int) -> int:
         os._exit(status)
 
 
-def supervised(pid: int, failed: Path) -> int:
-    """The exit status of a job's rank, or minus the signal's number, once it has ended."""
-    while True:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            if status:
-                failed.touch()
-            return os.waitstatus_to_exitcode(status)
-        if failed.exists():
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
+def supervised(ranks: list[int]) -> list[int]:
+    """The exit statuses of a job's ranks, or minus the signals' numbers, once all have ended."""
+    ended: dict[int, int] = {}
+    while len(ended) < len(ranks):
+        pid, status = os.wait()
+        if pid not in ranks:
+            continue
+        ended[pid] = os.waitstatus_to_exitcode(status)
+        if status:
+            for other in set(ranks) - set(ended):
+                os.kill(other, signal.SIGKILL)
+    return [ended[pid] for pid in ranks]
 
 
 def write(path: Path, text: str) -> None:

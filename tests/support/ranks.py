@@ -1,7 +1,7 @@
-"""Ranks of a parallel layout, under torchrun: processes forked from the ranks of one torchrun.
+"""Ranks of a parallel layout: processes forked from one that has done their imports.
 
-Imports take a process longer than a layout's work, and there are dozens of layouts. So torchrun
-starts `rank_server.py` once, whose ranks do the imports and then fork themselves for each layout.
+Imports take a process longer than a layout's work, and there are dozens of layouts. The ranks have
+the variables that torchrun would give them, and meet as they do under it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from support.rank_server import write
 
-# The most that a layout of the tests has.
+# The most that a layout of the tests has; as many devices the stand-in for CUDA claims.
 MOST_RANKS = 4
 
 
@@ -36,21 +36,20 @@ class Ranks:
 
     Args:
         folder: for the jobs and their logs; exists.
-        imports: code that each of torchrun's ranks runs once, before it forks any.
+        imports: code that is run once, before any rank is forked.
         variables: the environment.
     """
 
     def __init__(self, folder: Path, imports: str, variables: Mapping[str, str]):
         self.folder, self.runs = folder, 0
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(MOST_RANKS)]
-        command += [str(Path(__file__).with_name("rank_server.py"))]
-        with open(folder / "torchrun.log", "w") as log:
+        command = [sys.executable, str(Path(__file__).with_name("rank_server.py"))]
+        own = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        with open(folder / "server.log", "w") as log:
             self.process = subprocess.Popen(
                 [*command, str(folder), str(os.getpid()), imports],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**variables, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+                env={**variables, **own, "LOCAL_WORLD_SIZE": str(MOST_RANKS)},
             )
 
     def run(self, code: str, processes: int, *arguments: object, **variables: str) -> Ended:
@@ -64,6 +63,7 @@ class Ranks:
             "LOCAL_WORLD_SIZE": str(processes),
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         ask = {
             "code": code,
@@ -73,11 +73,11 @@ class Ranks:
             "log": str(log),
         }
         write(self.folder / f"{self.runs}.json", json.dumps(ask))
-        files = [self.folder / f"{self.runs}.{rank}.status" for rank in range(processes)]
-        while not all(file.exists() for file in files):
-            assert self.process.poll() is None, (self.folder / "torchrun.log").read_text()[-6000:]
+        ended = self.folder / f"{self.runs}.statuses"
+        while not ended.exists():
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()[-6000:]
             time.sleep(0.05)
-        return Ended([int(file.read_text()) for file in files], log.read_text())
+        return Ended(json.loads(ended.read_text()), log.read_text())
 
     def close(self) -> None:
         self.process.terminate()
