@@ -70,6 +70,7 @@ class Case:
         embedding_ranks: whether Megatron-Core is told which stages have an embedding.
         decoupled_lr: of embedding and output matrices; none by default.
         optimizer: fields of OptimizerConfig; Adam by default.
+        fault: one of `support.rank_faults`, put into all ranks.
         refusal: a pattern of the message with which the run must end.
         tolerance: of each gradient, as a part of its largest value.
     """
@@ -88,6 +89,7 @@ class Case:
     embedding_ranks: bool = True
     decoupled_lr: float | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
+    fault: str = ""
     refusal: str | None = None
     tolerance: float = 1e-5
 
@@ -224,6 +226,41 @@ EVERY_VERSION = (
     "MTP layers alone on a middle stage",
     "MTP layers alone on a middle stage: default embedding ranks",
 )
+# On Transformer Engine too, against Megatron-Core's own layers in one process.
+ON_ENGINE = (
+    "tp2 with sequence parallelism",
+    "virtual pipeline",
+    "tp2, ep2, etp1",
+    "tp2 and pp2",
+    "data parallel: distributed optimizer, overlaps",
+)
+# What it alone has. (Its cp_comm_type p2p waits for itself in gloo.)
+ENGINE_CASES = {
+    "context parallel: a2a": Case("context parallel", {"cp_comm_type": "a2a"}, balancing=True),
+    "context parallel: all_gather": Case(
+        "context parallel", {"cp_comm_type": "all_gather"}, balancing=True
+    ),
+    "tp2 and cp2: cp_comm_type by layer": Case(
+        "tp2 and cp2",
+        {"cp_comm_type": ["all_gather", "a2a", "a2a", "a2a", "all_gather", "a2a"]},
+        balancing=True,
+    ),
+    "pipeline: sequential experts": Case("pipeline", {"moe_grouped_gemm": False}, balancing=True),
+    "expert parallel: weight gradients added where they are kept": Case(
+        "expert parallel", {"gradient_accumulation_fusion": True}, balancing=True
+    ),
+}
+ENGINE_EVERY_VERSION = tuple(name for name in ENGINE_CASES if "all_gather" not in name)
+# Of `support.rank_faults`, and the case that each is put into.
+ENGINE_FAULTS = {
+    "a window wider by one key on the second stage": "pipeline: sequential experts",
+    "no clamp of the second rank's experts in one layer": (
+        "expert parallel: weight gradients added where they are kept"
+    ),
+    "no RoPE scaling on the second rank in one layer": "context parallel: a2a",
+    "the other rank's gate in one layer": "tp2 with sequence parallelism",
+    "an input norm of the rank's own tokens in one layer": "tp2 with sequence parallelism",
+}
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from step35_patch import Step35ModelProvider  # noqa: E402
 from step35_patch.checkpoint import load_hf_weights, published_tensors_of  # noqa: E402
 from step35_patch.verify.live_gradients import published_gradients  # noqa: E402
+from support import rank_faults  # noqa: E402
 from support.distributed_worker import chunks_of, sizes_of  # noqa: E402
 from support.ours import initialize_megatron, make_optimizer  # noqa: E402
 
@@ -68,7 +69,10 @@ def main(hf_dir: str, reference: str, out: str, spec: str) -> None:
         out: that file, or the folder for each rank's differences from it.
         spec: JSON, the fields of `gradient_cases.Case`.
     """
-    run = Run(Path(hf_dir), json.loads(spec))
+    document = json.loads(spec)
+    if document["fault"]:
+        rank_faults.put_in(document["fault"])
+    run = Run(Path(hf_dir), document)
     found = run.train()
     if not reference:
         torch.save(found, out)

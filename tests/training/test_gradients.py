@@ -1,15 +1,29 @@
 """Every gradient, loss and weight is one process's, under every layout and what is trained on.
 
 Real processes, gloo, Megatron-Core's schedules and optimizer: tests/support/gradient_worker.py.
+On Transformer Engine they are those of one process on Megatron-Core's own layers.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.gradient_cases import CASES, EVERY_VERSION, Figures, Refused, hold, write_start
+from support.gradient_cases import (
+    CASES,
+    ENGINE_CASES,
+    ENGINE_EVERY_VERSION,
+    ENGINE_FAULTS,
+    EVERY_VERSION,
+    ON_ENGINE,
+    Case,
+    Figures,
+    Refused,
+    hold,
+    write_start,
+)
 from support.once import once
 
 pytestmark = pytest.mark.slow
@@ -20,21 +34,46 @@ def start(tmp_path_factory):
     return once(tmp_path_factory, "gradients-start", write_start)
 
 
+@pytest.fixture
+def held(start, ranks, tmp_path, tmp_path_factory):
+    """Runs a case, and compares it with its reference."""
+
+    def run(case: Case) -> Figures | Refused:
+        return hold(case, start, ranks, tmp_path, lambda *made: once(tmp_path_factory, *made))
+
+    return run
+
+
+def _marks(name: str):
+    if name in EVERY_VERSION + ENGINE_EVERY_VERSION:
+        yield pytest.mark.megatron
+    if name in ON_ENGINE:
+        yield pytest.mark.transformer_engine
+    if name in ENGINE_CASES:
+        yield pytest.mark.transformer_engine(only=True)
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.megatron] if name in EVERY_VERSION else [])
-        for name in CASES
-    ],
+    "name", [pytest.param(name, marks=[*_marks(name)]) for name in CASES | ENGINE_CASES]
 )
-def test_one_process_s(start, ranks, tmp_path, tmp_path_factory, name):
-    case = CASES[name]
-    found = hold(
-        case, start, ranks, tmp_path, lambda shared, make: once(tmp_path_factory, shared, make)
-    )
+def test_one_process_s(held, name):
+    case = (CASES | ENGINE_CASES)[name]
+    found = held(case)
     if case.refusal is not None:
         assert isinstance(found, Refused)
         return
+    assert_one_process_s(found, case)
+
+
+@pytest.mark.transformer_engine(only=True)
+@pytest.mark.parametrize("fault", ENGINE_FAULTS)
+def test_a_fault_of_some_ranks_is_seen(held, fault):
+    case = (CASES | ENGINE_CASES)[ENGINE_FAULTS[fault]]
+    with pytest.raises(AssertionError, match="Figures"):
+        assert_one_process_s(held(replace(case, fault=fault)), case)
+
+
+def assert_one_process_s(found: Figures | Refused, case: Case) -> None:
     assert isinstance(found, Figures)
     assert found.missing == []
     assert found.gradient.difference < case.tolerance, found
