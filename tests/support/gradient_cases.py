@@ -226,36 +226,47 @@ EVERY_VERSION = (
     "MTP layers alone on a middle stage",
     "MTP layers alone on a middle stage: default embedding ranks",
 )
-# On Transformer Engine too, against Megatron-Core's own layers in one process.
-ON_ENGINE = (
+
+
+def _engine_cases() -> dict[str, Case]:
+    """On Transformer Engine, against Megatron-Core's own layers in one process.
+
+    Its cp_comm_type p2p is not among them: over gloo it waits for itself.
+    """
+    cases = {
+        name: CASES[name]
+        for name in (
+            "tp2 with sequence parallelism",
+            "virtual pipeline",
+            "tp2, ep2, etp1",
+            "tp2 and pp2",
+            "data parallel: distributed optimizer, overlaps",
+        )
+    }
+    by_layer = ["all_gather", "a2a", "a2a", "a2a", "all_gather", "a2a"]
+    for layout, what, overrides in (
+        ("context parallel", "a2a", {"cp_comm_type": "a2a"}),
+        ("context parallel", "all_gather", {"cp_comm_type": "all_gather"}),
+        ("tp2 and cp2", "cp_comm_type by layer", {"cp_comm_type": by_layer}),
+        ("pipeline", "sequential experts", {"moe_grouped_gemm": False}),
+        ("expert parallel", "fused weight gradients", {"gradient_accumulation_fusion": True}),
+    ):
+        cases[f"{layout}: {what}"] = Case(layout, overrides, balancing=True)
+    return {name: replace(case, samples=2) for name, case in cases.items()}
+
+
+ENGINE_CASES = _engine_cases()
+ENGINE_EVERY_VERSION = (
     "tp2 with sequence parallelism",
-    "virtual pipeline",
-    "tp2, ep2, etp1",
-    "tp2 and pp2",
-    "data parallel: distributed optimizer, overlaps",
+    "context parallel: a2a",
+    "pipeline: sequential experts",
+    "expert parallel: fused weight gradients",
 )
-# What it alone has. (Its cp_comm_type p2p waits for itself in gloo.)
-ENGINE_CASES = {
-    "context parallel: a2a": Case("context parallel", {"cp_comm_type": "a2a"}, balancing=True),
-    "context parallel: all_gather": Case(
-        "context parallel", {"cp_comm_type": "all_gather"}, balancing=True
-    ),
-    "tp2 and cp2: cp_comm_type by layer": Case(
-        "tp2 and cp2",
-        {"cp_comm_type": ["all_gather", "a2a", "a2a", "a2a", "all_gather", "a2a"]},
-        balancing=True,
-    ),
-    "pipeline: sequential experts": Case("pipeline", {"moe_grouped_gemm": False}, balancing=True),
-    "expert parallel: weight gradients added where they are kept": Case(
-        "expert parallel", {"gradient_accumulation_fusion": True}, balancing=True
-    ),
-}
-ENGINE_EVERY_VERSION = tuple(name for name in ENGINE_CASES if "all_gather" not in name)
 # Of `support.rank_faults`, and the case that each is put into.
 ENGINE_FAULTS = {
     "a window wider by one key on the second stage": "pipeline: sequential experts",
     "no clamp of the second rank's experts in one layer": (
-        "expert parallel: weight gradients added where they are kept"
+        "expert parallel: fused weight gradients"
     ),
     "no RoPE scaling on the second rank in one layer": "context parallel: a2a",
     "the other rank's gate in one layer": "tp2 with sequence parallelism",

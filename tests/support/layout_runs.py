@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from step35_patch.arguments import CPU_ARGUMENTS
+from support import implementation
 from support.ranks import Ranks
 from support.reference import tiny_config
 
@@ -125,6 +126,17 @@ def arguments(iterations: int = ITERATIONS) -> list[str]:
     ]
 
 
+def on_engine(words: list[str]) -> list[str]:
+    """The same on Transformer Engine, with grouped GEMMs and fused weight gradients."""
+    words = [word for word in words if word != "--no-gradient-accumulation-fusion"]
+    return [*words, "--transformer-impl", "transformer_engine", "--moe-grouped-gemm"]
+
+
+def _stand_in(words: tuple[str, ...]) -> dict[str, str]:
+    """The variables with which `support.implementation` lets a run have what it asks for."""
+    return {implementation.VARIABLE: "transformer_engine"} if "transformer_engine" in words else {}
+
+
 def run(
     config: Path,
     *more: str,
@@ -144,7 +156,7 @@ def run(
         command,
         capture_output=True,
         text=True,
-        env=_environment(*python_path) | {"STEP35_CONFIG": str(config)},
+        env=_environment(*python_path) | _stand_in(more) | {"STEP35_CONFIG": str(config)},
         timeout=timeout,
         check=False,
     )
@@ -161,7 +173,12 @@ def _environment(*python_path: Path) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONWARNINGS": "ignore",
         "PYTHONPATH": os.pathsep.join(
-            [*map(str, python_path), str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]
+            [
+                *map(str, python_path),
+                str(SCRIPT.parents[1]),
+                os.environ.get("PYTHONPATH", ""),
+                str(Path(__file__).parents[1]),
+            ]
         ),
         # Megatron-LM makes its dataset helper with the python3 and python3-config of PATH.
         "PATH": os.pathsep.join(
@@ -175,9 +192,9 @@ def _environment(*python_path: Path) -> dict[str, str]:
 
 
 class ForkedRuns:
-    """Runs of the example script whose ranks are forked from torchrun's, which have imported torch.
+    """Runs of the example script whose ranks are forked from a process that has imported torch.
 
-    Megatron-Core is not imported in them, because the script patches it as it is imported.
+    Megatron-Core is not imported in it, because the script patches it as it is imported.
     """
 
     def __init__(self, folder: Path):
@@ -185,15 +202,19 @@ class ForkedRuns:
         self.ranks = Ranks(folder, imports, _environment())
 
     def run(self, config: Path, *more: str, processes: int = 1) -> str:
-        """As `run`, with the ranks of one torchrun for all runs."""
+        """As `run`, with ranks forked from one process for all runs."""
         code = """
 import runpy, sys
+if "transformer_engine" in arguments:
+    from support import implementation
+    implementation.install(cudnn=True)
 sys.argv = arguments
 sys.path[0] = arguments[0].rpartition("/")[0]
 runpy.run_path(arguments[0], run_name="__main__")
 """
         arguments = SCRIPT, *more
-        ended = self.ranks.run(code, processes, *arguments, STEP35_CONFIG=str(config))
+        variables = {"STEP35_CONFIG": str(config), **_stand_in(more)}
+        ended = self.ranks.run(code, processes, *arguments, **variables)
         if any(ended.statuses):
             raise RuntimeError(f"{arguments}: {ended.statuses}\n{ended.text[-6000:]}")
         return ended.text

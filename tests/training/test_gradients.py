@@ -1,12 +1,12 @@
 """Every gradient, loss and weight is one process's, under every layout and what is trained on.
 
 Real processes, gloo, Megatron-Core's schedules and optimizer: tests/support/gradient_worker.py.
-On Transformer Engine they are those of one process on Megatron-Core's own layers.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from support.gradient_cases import (
     ENGINE_EVERY_VERSION,
     ENGINE_FAULTS,
     EVERY_VERSION,
-    ON_ENGINE,
     Case,
     Figures,
     Refused,
@@ -27,6 +26,13 @@ from support.gradient_cases import (
 from support.once import once
 
 pytestmark = pytest.mark.slow
+
+
+def _each(cases: Iterable[str], every_version: tuple[str, ...]):
+    return [
+        pytest.param(name, marks=[pytest.mark.megatron] if name in every_version else [])
+        for name in cases
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +50,9 @@ def held(start, ranks, tmp_path, tmp_path_factory):
     return run
 
 
-def _marks(name: str):
-    if name in EVERY_VERSION + ENGINE_EVERY_VERSION:
-        yield pytest.mark.megatron
-    if name in ON_ENGINE:
-        yield pytest.mark.transformer_engine
-    if name in ENGINE_CASES:
-        yield pytest.mark.transformer_engine(only=True)
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[*_marks(name)]) for name in CASES | ENGINE_CASES]
-)
+@pytest.mark.parametrize("name", _each(CASES, EVERY_VERSION))
 def test_one_process_s(held, name):
-    case = (CASES | ENGINE_CASES)[name]
+    case = CASES[name]
     found = held(case)
     if case.refusal is not None:
         assert isinstance(found, Refused)
@@ -66,9 +61,16 @@ def test_one_process_s(held, name):
 
 
 @pytest.mark.transformer_engine(only=True)
+@pytest.mark.parametrize("name", _each(ENGINE_CASES, ENGINE_EVERY_VERSION))
+def test_one_process_s_on_transformer_engine(held, name):
+    """Of Megatron-Core's own layers."""
+    assert_one_process_s(held(ENGINE_CASES[name]), ENGINE_CASES[name])
+
+
+@pytest.mark.transformer_engine(only=True)
 @pytest.mark.parametrize("fault", ENGINE_FAULTS)
 def test_a_fault_of_some_ranks_is_seen(held, fault):
-    case = (CASES | ENGINE_CASES)[ENGINE_FAULTS[fault]]
+    case = ENGINE_CASES[ENGINE_FAULTS[fault]]
     with pytest.raises(AssertionError, match="Figures"):
         assert_one_process_s(held(replace(case, fault=fault)), case)
 

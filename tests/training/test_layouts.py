@@ -23,9 +23,11 @@ from support.layout_runs import (
     assert_same_training,
     checkpoint_tensors,
     iterations,
+    on_engine,
     run,
 )
 from support.once import once
+from support.reference import random_weights, write_hf_folder
 
 from step35_patch import Step35Config
 from step35_patch.convert import Options, convert_to_hf, convert_to_megatron
@@ -47,7 +49,7 @@ MUON_LAYOUTS = {
     # Megatron-Core's Muon knows its distributed optimizer in bf16 only: see below.
     "dp2": (2, ""),
 }
-# Started by a torchrun of their own, as users do; the others share one, which is quicker.
+# Started by a torchrun, as users do; the others' ranks are forked, which is quicker.
 TORCHRUN = ("tp2", "tp2 pp2")
 
 Run = Callable[..., str]
@@ -297,6 +299,40 @@ def test_checkpoint_of_another_config_is_accepted_by_field(start, train, tmp_pat
     # What is saved is of the changed config.
     with pytest.raises(RuntimeError, match=r"rope_theta: 1000\.0 in the checkpoint, 50\.0 in"):
         train(start.config, *arguments(4), *resume)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, train):
+    """A config, arguments that load a converted checkpoint, and what one process then logs."""
+
+    def make(folder: Path) -> None:
+        config = layout_runs.layout_config()
+        write_hf_folder(folder / "hf", config, random_weights(config, 11))
+        convert_to_megatron(folder / "hf", folder / "converted")
+        output = train(folder / "hf" / "config.json", *arguments(3), *load(folder))
+        (folder / "log").write_text(output)
+
+    def load(folder: Path) -> list[str]:
+        return ["--load", str(folder / "converted"), "--exit-on-missing-checkpoint"]
+
+    folder = once(tmp_path_factory, "converted", make)
+    return folder / "hf" / "config.json", load(folder), iterations((folder / "log").read_text())
+
+
+@pytest.mark.transformer_engine(only=True)
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        pytest.param("tp2", "", marks=every_version),
+        ("cp2", "--cp-comm-type a2a"),
+    ],
+)
+def test_layout_on_transformer_engine(converted, train, name, how):
+    """Its Python, with kernels stood in for, trains as Megatron-Core's own layers do."""
+    config, load, expected = converted
+    processes, layout = LAYOUTS[name]
+    words = [*on_engine(arguments(3)), *load, *layout.split(), *how.split()]
+    assert_same_training(iterations(train(config, *words, processes=processes)), expected)
 
 
 def test_ranks_that_build_different_models_are_named(start, tmp_path):
