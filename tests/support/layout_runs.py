@@ -192,19 +192,28 @@ def _environment(*python_path: Path) -> dict[str, str]:
 
 
 class ForkedRuns:
-    """Runs of the example script whose ranks are forked from a process that has imported torch.
+    """Runs of the example script whose ranks are forked from a process that has done the imports.
 
-    Megatron-Core is not imported in it, because the script patches it as it is imported.
+    step35_patch has no model there, and is activated anew in each rank before the script runs.
+    (`run` starts scripts as users do: Megatron-Core is patched as they import it.) Where
+    Transformer Engine is tested, Megatron-Core is imported in the ranks, because not all of them
+    are to have the stand-in.
     """
 
     def __init__(self, folder: Path):
         imports = "import torch._dynamo, torch.distributed.checkpoint\n"
+        if not implementation.ON_TRANSFORMER_ENGINE:
+            imports += "from step35_patch import cpu\ncpu.install()\nimport megatron.training\n"
         self.ranks = Ranks(folder, imports, _environment())
 
     def run(self, config: Path, *more: str, processes: int = 1) -> str:
         """As `run`, with ranks forked from one process for all runs."""
         code = """
 import runpy, sys
+if "megatron" in sys.modules:
+    import step35_patch
+    step35_patch.deactivate()
+    step35_patch.activate()
 if "transformer_engine" in arguments:
     from support import implementation
     implementation.install(cudnn=True)
