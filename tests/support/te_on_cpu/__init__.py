@@ -51,6 +51,7 @@ from support.te_on_cpu import (  # noqa: F401
     optimizers,
     rope,
     router,
+    thd,
 )
 from support.te_on_cpu.extension import NAME, VERSION, Extension, calls
 

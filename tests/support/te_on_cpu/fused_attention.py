@@ -19,6 +19,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from support.te_on_cpu import ring
 from support.te_on_cpu.extension import CONTENTS, TORCH_DTYPES, kernel, plain, refuse
 
 # Whether Transformer Engine finds it.
@@ -30,6 +31,7 @@ def offer() -> None:
     global offered
     offered = True
     let_fp32_in()
+    ring.wait_once()
 
 
 @functools.cache
@@ -75,7 +77,7 @@ def get_fused_attn_backend(p):
     }
     refused = [reason for reason, applies in reasons.items() if applies]
     if refused:
-        return backends.NVTE_No_Backend, f"te_on_cpu_attention does not know {', '.join(refused)}"
+        return backends.NVTE_No_Backend, f"te_on_cpu does not know {', '.join(refused)}"
     return backends.NVTE_F16_arbitrary_seqlen, ""
 
 
@@ -126,6 +128,12 @@ def _stats_of(stats: Tensor, layout: str, i: int, q: Tensor, start: int) -> Tens
     return stats[i, :, : q.shape[0], 0]
 
 
+def _check_longest(layout: tuple[str, str], cu_q, max_seqlen_q, cu_kv, max_seqlen_kv) -> None:
+    """A kernel leaves out what is beyond the longest sequence that it is told of."""
+    for form, cu, longest in zip(layout, (cu_q, cu_kv), (max_seqlen_q, max_seqlen_kv), strict=True):
+        assert form != "thd" or cu.diff().max() <= longest, (cu, longest)
+
+
 def _sequences(layout, mask_type, q, k, v, cu_q, cu_kv, cu_q_padded, cu_kv_padded) -> Iterator:
     q_format, kv_format = layout
     padding = "PADDING" in mask_type.name
@@ -159,6 +167,7 @@ def fused_attn_fwd(
     else:
         batch = q.shape[1 if layout[0] == "sbhd" else 0]
         stats = torch.zeros(batch, heads, max_seqlen_q, 1)
+    _check_longest(layout, cu_q, max_seqlen_q, cu_kv, max_seqlen_kv)
     sequences = _sequences(layout, mask_type, q, k, v, cu_q, cu_kv, cu_q_padded, cu_kv_padded)
     outs = _slices(out, layout[0], "PADDING" in mask_type.name, cu_q, cu_q_padded)
     for i, start, qi, ki, vi in sequences:
@@ -193,6 +202,7 @@ def fused_attn_bwd(
         for g, form, b in zip(grads, (*layout, layout[1]), bounds, strict=True)
     ]
     os, dos = (_slices(x, layout[0], padding, cu_q, cu_q_padded) for x in (o, d_o))
+    _check_longest(layout, cu_q, max_seqlen_q, cu_kv, max_seqlen_kv)
     sequences = _sequences(layout, mask_type, q, k, v, cu_q, cu_kv, cu_q_padded, cu_kv_padded)
     for i, start, qi, ki, vi in sequences:
         groups = ki.shape[1]
