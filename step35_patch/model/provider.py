@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from step35_patch import settings as process
 from step35_patch.config.model import Step35Config, Window
+from step35_patch.model.communication import cp_comm_type_problems
 from step35_patch.model.description import Step35Runtime, check, runtime_for
 from step35_patch.model.layer import check_options
 from step35_patch.model.megatron_fields import (
@@ -221,6 +222,7 @@ class Step35ModelProvider(TransformerConfig):
 
         Raises:
             RuntimeError: step35_patch was deactivated.
+            ValueError: `cp_comm_type` is what Transformer Engine can't compute a layer with.
         """
         if not process.enabled():
             raise RuntimeError(
@@ -229,6 +231,8 @@ class Step35ModelProvider(TransformerConfig):
             )
         runtime_for(self)  # brings fields up to date that were set since
         use_te = self.transformer_impl == "transformer_engine"
+        if use_te and self.context_parallel_size > 1:
+            self._check_communication()
         # By the module, whose functions the hooks are around.
         spec = gpt_layer_specs.get_gpt_decoder_block_spec(
             self, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
@@ -263,6 +267,19 @@ class Step35ModelProvider(TransformerConfig):
                 is not needed.
         """
         return embedding_ranks(pp_ranks, self)
+
+    def _check_communication(self) -> None:
+        given = self.cp_comm_type or "p2p"  # which Megatron-Core hands on for None
+        problems = cp_comm_type_problems(
+            [given] if isinstance(given, str) else given,
+            self.step35.config,
+            self.tensor_model_parallel_size,
+            self.context_parallel_size,
+        )
+        if problems:
+            raise ValueError(
+                "context parallelism on Transformer Engine:\n  " + "\n  ".join(problems)
+            )
 
     def _padded_vocab_size(self) -> int:
         """vocab_size, rounded up to a multiple of the tensor-parallel size."""

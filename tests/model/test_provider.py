@@ -201,6 +201,27 @@ def test_each_layer_communicates_in_its_own_way(published):
     assert found == [*kinds, "all_gather", "all_gather"]
 
 
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        (None, "with a sliding window, .* found p2p in 1, 2, 3, 5, 6, 7"),
+        ("p2p", "with a sliding window, .* found p2p in 1, 2, 3, 5, 6, 7"),
+        (["p2p", "a2a", "p2p", "a2a", "p2p", "a2a"], "found p2p in 2; give"),
+        ("a2a", "tensor x context parallel size = 1 x 4, .* use all_gather there"),
+    ],
+)
+def test_what_transformer_engine_cannot_send_is_refused(published, kinds, message):
+    """Before anything is built; Transformer Engine would raise in the first step."""
+    provider = Step35ModelProvider.from_hf(
+        published[2],
+        transformer_impl="transformer_engine",
+        context_parallel_size=4,
+        cp_comm_type=kinds,
+    )
+    with pytest.raises(ValueError, match=message):
+        provider.provide()
+
+
 def test_detached_heads_are_refused(tmp_path):
     folder = write_hf_folder(tmp_path, tiny_config(), {})
     if "mtp_detach_heads" not in Step35ModelProvider.__dataclass_fields__:
