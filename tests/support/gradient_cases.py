@@ -229,10 +229,7 @@ EVERY_VERSION = (
 
 
 def _engine_cases() -> dict[str, Case]:
-    """On Transformer Engine, against Megatron-Core's own layers in one process.
-
-    Its cp_comm_type p2p is not among them: over gloo it waits for itself.
-    """
+    """On Transformer Engine, against Megatron-Core's own layers in one process."""
     cases = {
         name: CASES[name]
         for name in (
@@ -243,7 +240,7 @@ def _engine_cases() -> dict[str, Case]:
             "data parallel: distributed optimizer, overlaps",
         )
     }
-    by_layer = ["all_gather", "a2a", "a2a", "a2a", "all_gather", "a2a"]
+    by_layer = ["p2p", "a2a", "all_gather", "a2a", "p2p", "a2a"]
     for layout, what, overrides in (
         ("context parallel", "a2a", {"cp_comm_type": "a2a"}),
         ("context parallel", "all_gather", {"cp_comm_type": "all_gather"}),

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from step35_patch.arguments import CPU_ARGUMENTS
 from step35_patch.convert import convert_to_megatron
 from support import layout_runs
+from support.implementation import ON_TRANSFORMER_ENGINE
 from support.layout_runs import Iteration, layout_config
 from support.reference import Reference, random_weights, write_hf_folder
 
@@ -152,11 +153,11 @@ def sampled_packs(prefix: Path, cache: Path, granularity: int = 1) -> list[list[
 
 def run_script(checkout: Path, config: Path, *more: str, processes: int = 1) -> str:
     """The output of the checkout's pretrain_gpt.py, as it is, on the CPU."""
+    words = [*arguments(), *more]
     return layout_runs.run(
         config,
         str(checkout / "pretrain_gpt.py"),
-        *arguments(),
-        *more,
+        *(layout_runs.on_engine(words) if ON_TRANSFORMER_ENGINE else words),
         processes=processes,
         script=layout_runs.REAL_SCRIPT,
         python_path=(checkout,),

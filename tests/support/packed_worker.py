@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from safetensors.torch import load_file
 from torch import Tensor
 
+from step35_patch.model.layer import Step35DecoderLayer
 from support.gradient_worker import difference
 from support.reference import Reference
 
@@ -63,8 +64,15 @@ def main(hf_dir: str, spec: str, out: str) -> None:
         for name, found in run.train(steps=1)["gradients"].items()
         if "router_bias" not in name
     }
-    rank = torch.distributed.get_rank()
-    Path(out, f"{rank}.json").write_text(json.dumps({"logits": worst, "gradients": gradients}))
+    # Transformer Engine's attention says how it communicates; ours has one way.
+    kinds = [
+        getattr(layer.self_attention.core_attention, "cp_comm_type", None)
+        for chunk in run.chunks
+        for layer in chunk.modules()
+        if isinstance(layer, Step35DecoderLayer)
+    ]
+    found = {"logits": worst, "gradients": gradients, "cp_comm_type": kinds}
+    Path(out, f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
 
 

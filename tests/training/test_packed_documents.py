@@ -20,6 +20,7 @@ CHECKOUTS = [Path(path) for path in os.environ.get(VARIABLE, "").split(os.pathse
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.transformer_engine,
     pytest.mark.skipif(
         not CHECKOUTS, reason=f"{VARIABLE} names no checkout of Megatron-LM (core_v0.17.1, ...)"
     ),
@@ -35,7 +36,12 @@ LAYOUTS = {
         6,
         "--tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 3",
     ),
-    "cp2": (2, "--context-parallel-size 2 --calculate-per-token-loss"),
+    # On Transformer Engine each layer communicates in its own way.
+    "cp2": (
+        2,
+        "--context-parallel-size 2 --calculate-per-token-loss "
+        "--cp-comm-type p2p a2a all_gather a2a p2p all_gather",
+    ),
     # The last stage has no MTP layers, for which it would get the tokens.
     "tp2 pp2, no mtp": (
         4,
