@@ -25,6 +25,7 @@ from torch import Tensor
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.model.communication import cp_comm_types
 from step35_patch.model.description import LayerConfig, Step35Runtime, runtime_for
+from step35_patch.model.low_precision import low_precision_problems
 from step35_patch.model.mtp import embedding_chunk_problems
 from step35_patch.model.refused_options import Place, refused, without_effect
 
@@ -33,10 +34,14 @@ from step35_patch.model.refused_options import Place, refused, without_effect
 _ROUTER_FP32 = ("expert_bias", "local_tokens_per_expert")
 
 
-def check_options(config: TransformerConfig) -> None:
+def check_options(config: TransformerConfig, runtime: Step35Runtime) -> None:
     """Raise ValueError listing every option that does not go with a Step-3.5 layer.
 
     Options that this Megatron-Core does not have cannot be set and are passed over.
+
+    Args:
+        config: of the model.
+        runtime: what it describes.
     """
     lines = [
         f"{row.name}: expected {row.legal[0]!r}, found {found!r}; {row.reason}"
@@ -57,6 +62,7 @@ def check_options(config: TransformerConfig) -> None:
             "them up. pretrain_gpt.py's arguments set both"
         )
     lines += embedding_chunk_problems(config)
+    lines += low_precision_problems(config, runtime.config, runtime.gate_layout)
     groups = config.num_query_groups
     if groups % config.tensor_model_parallel_size:
         lines.append(
@@ -134,7 +140,7 @@ class Step35DecoderLayer(TransformerLayer):
                 "Step35ModelProvider, or activate a config of its shape (step35_patch.activate, "
                 "STEP35_CONFIG)"
             )
-        check_options(config)
+        check_options(config, runtime)
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups()
         if is_mtp_layer:

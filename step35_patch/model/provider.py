@@ -119,10 +119,9 @@ class Step35ModelProvider(TransformerConfig):
         super().__post_init__()
         self._check_provider_fields(self.hf_config)
         check(self, self.hf_config, "hf_config")
-        check_options(self)
-        self._runtime = Step35Runtime(
-            self.hf_config, self.gate_layout, self.window, self.padded_logits
-        )
+        runtime = Step35Runtime(self.hf_config, self.gate_layout, self.window, self.padded_logits)
+        check_options(self, runtime)
+        self._runtime = runtime
         self._made = self._values()
 
     @property

@@ -121,8 +121,9 @@ def decoder_layer_spec(spec: ModuleSpec, runtime: Step35Runtime) -> ModuleSpec:
     parts = spec.submodules
     names = dict(parts.sharded_state_dict_keys_map)
     if _has_experts(parts.mlp):
-        # The local specs give the norm before a MoE layer the name it has before a dense one.
-        # Under Transformer Engine's, the norm's own, one checkpoint serves both implementations.
+        # The local specs give the norm before a MoE layer the name it has before a dense one; here
+        # it is Transformer Engine's, the norm's own. Weights have one name in both implementations
+        # then; for what else a checkpoint holds see `step35_patch.model.extra_state`.
         names.pop("pre_mlp_layernorm.", None)
     return dataclasses.replace(
         spec,

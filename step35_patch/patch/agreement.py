@@ -28,6 +28,11 @@ _MODEL = {
 }
 
 
+# Arguments that decide which modules a model is made of, and so the order of its parameters.
+_IMPLEMENTATION = ("transformer_impl", "moe_grouped_gemm")
+# How a distributed optimizer's state lies in a checkpoint, in what Megatron notes of its content.
+_SHARDING = "distrib_optim_sharding_type"
+
 # This run's side of a comparison with a checkpoint.
 _HERE = Here("in this run", "--step35-accept-changed")
 
@@ -156,4 +161,48 @@ def check_mtp_layers(checkpoint_args: Any, args: Any, name: str) -> None:
             f"{name} has {found} MTP layers, this run builds {wanted}: give it --mtp-num-layers "
             f"{found}, or a checkpoint with all of them, as `step35-patch convert to-megatron` "
             "makes of the published folder"
+        )
+
+
+def check_implementation(state: Any, args: Any, name: str) -> None:
+    """Refuse a distributed optimizer's state that another implementation saved by place.
+
+    Its default format keeps buckets as they lie in memory, parameter behind parameter. They are of
+    one size in both implementations and in another order, so that weights and moments would come to
+    lie in each other's places.
+
+    Args:
+        state: what a checkpoint has in common for all ranks, its arguments among it.
+        args: this run's.
+        name: the checkpoint's, for messages.
+
+    Raises:
+        Step35MismatchError: this run would load such a state.
+    """
+    saved = state["args"]
+    if process.active() is None or not hasattr(saved, "transformer_impl"):
+        return  # a converted checkpoint was saved by none
+    if getattr(saved, "fp8", None) and args.transformer_impl == "local":
+        warn(
+            f"{name} was saved by a run in FP8, whose scales --transformer-impl local, which "
+            "computes in the weights' dtype, leaves unread and does not save again"
+        )
+    optimizer_is_read = not (args.finetune or args.no_load_optim)
+    by_place = (state.get("content_metadata") or {}).get(_SHARDING) == "dp_reshardable"
+    changed = [
+        (f"--{option.replace('_', '-')}", found, wanted)
+        for option in _IMPLEMENTATION
+        if (found := getattr(saved, option)) != (wanted := getattr(args, option))
+    ]
+    if changed and by_place and optimizer_is_read:
+        raise Step35MismatchError(
+            f"{name} has the state of a distributed optimizer in the order of its implementation's "
+            "parameters, which this run's are not in:\n  "
+            + "\n  ".join(
+                f"{option}: {found} in the checkpoint, {wanted} in this run"
+                for option, found, wanted in changed
+            )
+            + "\nGo on as it was saved, or with --no-load-optim; or save it once more as it was "
+            "saved, and without --use-distributed-optimizer or with "
+            "--dist-ckpt-optim-fully-reshardable"
         )

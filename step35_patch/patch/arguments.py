@@ -9,6 +9,7 @@ from typing import Any
 from step35_patch.arguments import megatron_options
 from step35_patch.config.model import Step35Config
 from step35_patch.model.communication import cp_comm_type_problems
+from step35_patch.model.low_precision import low_precision_problems
 from step35_patch.model.megatron_fields import FIELDS
 from step35_patch.model.refused_options import Place, missing_for, refused, without_effect
 
@@ -20,6 +21,13 @@ _OPTIONS = {
     "moe_aux_loss_coeff": "--moe-aux-loss-coeff",
     "fp8": "--fp8-format",
     "fp4": "--fp4-format",
+}
+
+
+# What a message on a TransformerConfig says of the way out, on the command line.
+_OPTIONS_FOR = {
+    "the gate layout expanded": "--step35-gate-layout expanded",
+    "tensor_model_parallel_size": "--tensor-model-parallel-size",
 }
 
 
@@ -91,12 +99,13 @@ def fill_in(
     return problems
 
 
-def layout_problems(args: Any, config: Step35Config) -> list[str]:
+def layout_problems(args: Any, config: Step35Config, gate_layout: str) -> list[str]:
     """A line for each argument that can't work with the model, with the way out.
 
     Args:
         args: parsed, not necessarily validated arguments of Megatron.
         config: the model.
+        gate_layout: "headwise" or "expanded".
     """
     problems = [
         f"{row.option}: expected {row.legal[0]}, found {found}; {row.reason}: leave it out"
@@ -114,6 +123,7 @@ def layout_problems(args: Any, config: Step35Config) -> list[str]:
             "Step-3.5 layers train and evaluate only"
         )
     problems += _parallel_size_problems(args, config)
+    problems += _low_precision_problems(args, config, gate_layout)
     if _is_packed(args):
         problems += _packing_problems(args)
     if args.context_parallel_size > 1:
@@ -200,6 +210,16 @@ def _parallel_size_problems(args: Any, config: Step35Config) -> list[str]:
             f"--expert-model-parallel-size: expected a divisor of moe_num_experts="
             f"{config.moe_num_experts}, found {ep}"
         )
+    return problems
+
+
+def _low_precision_problems(args: Any, config: Step35Config, gate_layout: str) -> list[str]:
+    problems = []
+    for problem in low_precision_problems(args, config, gate_layout):
+        field, _, rest = problem.partition(":")
+        for words, option in _OPTIONS_FOR.items():
+            rest = rest.replace(words, option)
+        problems.append(f"{_OPTIONS[field]}:{rest}")
     return problems
 
 

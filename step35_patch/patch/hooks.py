@@ -22,14 +22,19 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from step35_patch import settings as process
 from step35_patch.config.comparison import ACCEPTED
 from step35_patch.costs import megatron_reports as reports
-from step35_patch.model import mtp, muon
+from step35_patch.model import extra_state, mtp, muon
 from step35_patch.model.description import Step35Runtime, check, from_settings, runtime_for
 from step35_patch.model.layer import check_options
 from step35_patch.model.padded_vocabulary import mask_padded_columns
 from step35_patch.model.specs import decoder_layer_spec, mtp_layer_spec, step35_norm
 from step35_patch.model.split_logits import split_for_losses
 from step35_patch.patch import packed_data
-from step35_patch.patch.agreement import check_checkpoint, check_mtp_layers, check_ranks_agree
+from step35_patch.patch.agreement import (
+    check_checkpoint,
+    check_implementation,
+    check_mtp_layers,
+    check_ranks_agree,
+)
 from step35_patch.patch.built_model import announce, check_model
 from step35_patch.patch.parse_args import parse
 
@@ -111,7 +116,7 @@ def gpt_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) 
     if runtime is None:
         wrapped(*args, **kwargs)
         return
-    check_options(call["config"])  # by each layer too, but a stage may have none
+    check_options(call["config"], runtime)  # by each layer too, but a stage may have none
     _check_model_arguments(call, runtime)
     call["transformer_layer_spec"] = _layer_specs(call, runtime)
     # Each layer has its own RoPE: the model-wide table would be made and never be used.
@@ -127,6 +132,27 @@ def gpt_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) 
     mtp.check_embedding_group(instance)
     check_model(instance, runtime)
     announce(runtime, instance.config, instance.vocab_size)
+
+
+def gpt_model_sharded_state_dict(
+    wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+) -> Any:
+    """GPTModel.sharded_state_dict: what a checkpoint may lack is marked for `load_sharded`."""
+    sharded = wrapped(*args, **kwargs)
+    runtime: Step35Runtime | None = getattr(instance, "step35", None)
+    if runtime is not None:
+        prefix = _bind(wrapped, args, kwargs).get("prefix", "")
+        extra_state.mark_norms(sharded, runtime.config, prefix)
+    return sharded
+
+
+def load_sharded(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """dist_checkpointing.load: of a checkpoint that another implementation saved, too."""
+    call = _bind(wrapped, args, kwargs)
+    call["sharded_state_dict"] = extra_state.without_absent(
+        call["sharded_state_dict"], call["checkpoint_dir"], call.get("sharded_strategy")
+    )
+    return wrapped(**call)
 
 
 def _layer_specs(call: dict[str, Any], runtime: Step35Runtime) -> Any:
@@ -234,6 +260,7 @@ def load_base_checkpoint(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kw
         own = _bind(wrapped, args, kwargs)["args"]
         check_checkpoint(state["args"], str(name), getattr(own, ACCEPTED, None) or ())
         check_mtp_layers(state["args"], own, str(name))
+        check_implementation(state, own, str(name))
     return result
 
 

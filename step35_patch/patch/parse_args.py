@@ -111,7 +111,7 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
             settings.source, ["--yaml-cfg: expected none, the shapes come from the config"]
         )
     problems = fill_in(args, given, settings.config, parsers[0])
-    problems += layout_problems(args, settings.config)
+    problems += layout_problems(args, settings.config, settings.gate_layout)
     problems += _complete_accepted(args)
     if problems:
         raise Step35ArgumentError(settings.source, problems)

@@ -217,8 +217,18 @@ def extra_states(config: Step35Config, *, mtp_layers: int | None = None) -> Iter
 
     table = tensor_table(config, GATE_LAYOUTS[0], mtp_layers=mtp_layers)
     for row in sorted(table, key=place):
-        module, _, name = row.key.rpartition(".")
-        if name != "weight" or not row.has_extra_state:  # a norm within a linear layer has none
-            continue
-        shards = row.shape[0] if row.is_expert else 1
-        yield from (f"{module}._extra_state/shard_{shard}_{shards}" for shard in range(shards))
+        yield from _extra_states_of(row)
+
+
+def norm_extra_states(config: Step35Config) -> frozenset[str]:
+    """Those of norms, which are empty in every precision, and which only Transformer Engine has."""
+    table = tensor_table(config, GATE_LAYOUTS[0])
+    return frozenset(key for row in table if len(row.shape) == 1 for key in _extra_states_of(row))
+
+
+def _extra_states_of(row: Row) -> Iterator[str]:
+    module, _, name = row.key.rpartition(".")
+    if name != "weight" or not row.has_extra_state:  # a norm within a linear layer has none
+        return
+    shards = row.shape[0] if row.is_expert else 1
+    yield from (f"{module}._extra_state/shard_{shard}_{shards}" for shard in range(shards))
