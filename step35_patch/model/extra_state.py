@@ -45,7 +45,8 @@ def without_absent(sharded: Any, checkpoint_dir: Any, sharded_strategy: Any = No
 
     Args:
         sharded: what `dist_checkpointing.load` got; returned as it is if it has no norm's states.
-        checkpoint_dir, sharded_strategy: the same.
+        checkpoint_dir: the same.
+        sharded_strategy: the same.
     """
     if not any(isinstance(value, NormExtraState) for value in nested_values(sharded)):
         return sharded

@@ -32,7 +32,7 @@ class _Sizes:
 
 
 def low_precision_problems(settings: Any, config: Step35Config, gate_layout: str) -> list[str]:
-    """A line for each kind of linear layer that could not be computed, with the way out.
+    """A line that names the linear layers that could not be computed, and ways out; or none.
 
     Args:
         settings: A TransformerConfig, or Megatron's parsed arguments.
@@ -53,18 +53,16 @@ def low_precision_problems(settings: Any, config: Step35Config, gate_layout: str
     tp = settings.tensor_model_parallel_size
     sizes = _Sizes(tp, settings.expert_tensor_parallel_size or tp)
     wrong: dict[str, list[int]] = {}
-    rows = list(_low_precision_rows(settings, config, gate_layout))
-    for row, layer in rows:
-        for found in _indivisible(row, sizes, divisor):
-            wrong.setdefault(found, []).append(layer)
+    for row, layer in _low_precision_rows(settings, config, gate_layout):
+        for words in _indivisible(row, sizes, divisor):
+            wrong.setdefault(words, []).append(layer)
     if not wrong:
         return []
-    ways = "; ".join(_ways_out(settings, config, gate_layout, sizes, divisor))
+    found = ", ".join(f"{words} (layers {ranges(layers)})" for words, layers in wrong.items())
+    ways = ", or ".join(_ways_out(settings, config, gate_layout, sizes, divisor))
     return [
         f"{field}: expected linear layers with rows and columns on each rank that {divisor} "
-        f"divides, as Transformer Engine needs for the recipe {recipe}, found {found} in layers "
-        f"{ranges(layers)}; {ways}"
-        for found, layers in wrong.items()
+        f"divides, as Transformer Engine needs for the recipe {recipe}, found {found}; {ways}"
     ]
 
 
@@ -94,7 +92,7 @@ def _indivisible(row: Row, sizes: _Sizes, divisor: int) -> Iterator[str]:
     ):
         parts = ranks if row.cut is cut else 1
         if size % (parts * divisor):
-            yield f"{row.path.removesuffix('.weight')} with {size / parts:g} {what}" + (
+            yield f"{row.path.removesuffix('.weight')} with {size / parts:.10g} {what}" + (
                 f" on each of {parts} {kind} ranks" if parts > 1 else ""
             )
 
@@ -121,6 +119,5 @@ def _ways_out(
         )
     ]
     if others:
-        yield f"use tensor_model_parallel_size {' or '.join(map(str, others))}"
-    yield "leave FP8 and FP4 out"
-
+        yield f"tensor_model_parallel_size {' or '.join(map(str, others))}"
+    yield "leave it out"

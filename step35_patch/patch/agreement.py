@@ -203,6 +203,5 @@ def check_implementation(state: Any, args: Any, name: str) -> None:
                 for option, found, wanted in changed
             )
             + "\nGo on as it was saved, or with --no-load-optim; or save it once more as it was "
-            "saved, and without --use-distributed-optimizer or with "
-            "--dist-ckpt-optim-fully-reshardable"
+            "saved, with --dist-ckpt-optim-fully-reshardable"
         )

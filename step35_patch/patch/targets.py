@@ -50,9 +50,7 @@ TARGETS = (
     Target(_GPT_MODEL, "GPTModel.__init__", wrapper="gpt_model_init"),
     Target(_GPT_MODEL, "process_mtp_loss", wrapper="process_mtp_loss"),
     # Checkpoints of the other implementation. `load` is copied to where it is called from.
-    Target(
-        _GPT_MODEL, "GPTModel.sharded_state_dict", wrapper="gpt_model_sharded_state_dict"
-    ),
+    Target(_GPT_MODEL, "GPTModel.sharded_state_dict", wrapper="gpt_model_sharded_state_dict"),
     Target("megatron.core.dist_checkpointing.serialization", "load", wrapper="load_sharded"),
     # The optimizer: Muon, by published matrix. 0.17 makes it by a function of its own.
     Target("megatron.core.optimizer", "get_megatron_optimizer", "get_megatron_optimizer"),

@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from support.gradient_cases import Case, write_start
 from support.once import once
+from support.ours import build
+from torch.distributed.checkpoint.api import CheckpointException
 
-pytestmark = [pytest.mark.transformer_engine(only=True), pytest.mark.slow]
+pytestmark = pytest.mark.transformer_engine(only=True)
 
 LOCAL = {"transformer_impl": "local", "moe_grouped_gemm": False}
 GROUPED = {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True}
@@ -24,6 +27,7 @@ def start(tmp_path_factory):
     return once(tmp_path_factory, "resume-start", write_start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "first", "second"),
     [
@@ -49,3 +53,40 @@ def test_training_goes_on(start, ranks, tmp_path, layout, first, second):
             assert rank[what][worst] < tolerance, (what, worst, rank[what][worst])
         for log, wanted in zip(rank["logs"], rank["wanted logs"], strict=True):
             assert log == pytest.approx(wanted, rel=2e-6)
+
+
+@pytest.mark.megatron
+def test_states_that_may_hold_data_are_not_dropped(start, tmp_path, monkeypatch):
+    """Those of linear layers, which FP8 fills: read where they are, and missed where they are not.
+
+    A norm's, which is empty, may be missing.
+    """
+    from megatron.core import dist_checkpointing
+
+    model, other = build(start), build(start)
+    qkv = "decoder.layers.1.self_attention.linear_qkv"
+    scales = torch.arange(5, dtype=torch.uint8)
+    monkeypatch.setattr(model.get_submodule(qkv), "get_extra_state", lambda: scales)
+    found = []
+    monkeypatch.setattr(other.get_submodule(qkv), "set_extra_state", found.append)
+
+    def load(*without: str) -> dict:
+        state = model.sharded_state_dict()
+        for name in without:
+            del state[f"{name}._extra_state"]
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        dist_checkpointing.save(state, str(folder))
+        return dist_checkpointing.load(other.sharded_state_dict(), str(folder))
+
+    norms = [
+        name.removesuffix(".weight")
+        for name, weight in model.named_parameters()
+        if weight.dim() == 1 and name.endswith(".weight")
+    ]
+    assert len(norms) > 20
+    for without in ([], norms):
+        other.load_state_dict(load(*without), strict=True)
+        assert torch.equal(found.pop(), scales)
+    with pytest.raises(CheckpointException, match=f"{qkv}._extra_state"):
+        load(qkv)

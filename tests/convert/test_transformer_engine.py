@@ -1,54 +1,40 @@
-"""Transformer Engine's modules: names, weights and checkpoints. Their forward needs a GPU.
-
-Skipped where Transformer Engine is not installed; it must be built from source (README).
-"""
+"""Converted checkpoints into Transformer Engine's modules and out of them, bit for bit."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from support.reference import random_weights, tiny_config, write_hf_folder
+import torch
+from support.converted import GATE_LAYOUTS, SMALL_FILES, assert_same, read
+from support.ours import build
 
-from step35_patch.convert import Options, convert_to_megatron
+from step35_patch.checkpoint import published_tensors_of
+from step35_patch.convert import convert_to_hf, convert_to_megatron
 
-
-def installed() -> bool:
-    # Not by its module, which the stand-in for CUDA hides in this process.
-    try:
-        return bool(importlib.metadata.version("transformer-engine-torch"))
-    except importlib.metadata.PackageNotFoundError:
-        return False
+pytestmark = [pytest.mark.megatron, pytest.mark.transformer_engine(only=True)]
 
 
-WORKERS = Path(__file__).parents[1] / "support"
+@pytest.mark.parametrize("gate_layout", GATE_LAYOUTS)
+@pytest.mark.parametrize("grouped", [True, False])
+def test_converted_checkpoint_is_loaded_and_saved(case, tmp_path, gate_layout, grouped):
+    from megatron.core import dist_checkpointing
 
-pytestmark = [
-    pytest.mark.megatron,
-    pytest.mark.skipif(not installed(), reason="Transformer Engine is not installed"),
-]
-
-
-@pytest.mark.parametrize("gate_layout", ["headwise", "expanded"])
-def test_converted_checkpoint_loads_into_transformer_engines_modules(tmp_path, gate_layout):
-    # Its linear layers want sizes that 16 divides.
-    config = tiny_config(moe_intermediate_size=32, share_expert_dim=48)
-    hf = write_hf_folder(tmp_path / "hf", config, random_weights(config, 4))
-    options = Options(file_bytes=50_000)
-    convert_to_megatron(hf, tmp_path / "m", gate_layout=gate_layout, options=options)
-    command = [sys.executable, str(WORKERS / "transformer_engine_worker.py")]
-    result = subprocess.run(
-        [*command, str(hf), str(tmp_path / "m"), gate_layout],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONWARNINGS": "ignore"},
-        check=False,
+    _, weights, hf = case
+    converted, saved = tmp_path / "converted", tmp_path / "saved"
+    convert_to_megatron(hf, converted, gate_layout=gate_layout, options=SMALL_FILES)
+    bf16 = {"bf16": True, "params_dtype": torch.bfloat16}
+    model = build(hf, gate_layout=gate_layout, moe_grouped_gemm=grouped, **bf16)
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("expert_bias")]
+    for value in [*model.parameters(), *biases]:  # none may keep what it has
+        torch.nn.init.constant_(value, float("nan"))
+    # Megatron-Core calls unexpected what the model asks for and the checkpoint lacks.
+    state, missing, unexpected = dist_checkpointing.load(
+        {"model": model.sharded_state_dict()}, str(converted / "release"), strict="return_all"
     )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    lines = [line for line in result.stdout.splitlines() if not line.startswith("step35_patch")]
-    assert len(lines) == 1 and re.fullmatch(r"compared \d+ parameters", lines[0]), lines
+    assert not missing and not unexpected
+    model.load_state_dict(state["model"], strict=True)
+    assert_same({name: tensor.clone() for name, tensor in published_tensors_of(model)}, weights)
+
+    saved.mkdir()
+    dist_checkpointing.save(model.sharded_state_dict(), str(saved))
+    convert_to_hf(saved, tmp_path / "back", hf_dir=hf, options=SMALL_FILES)
+    assert_same(read(tmp_path / "back"), weights)

@@ -7,14 +7,24 @@ import json
 import warnings
 
 import pytest
+from support.installed import PUBLISHED
 from support.reference import FULL, SLIDING, tiny_config
 
 import step35_patch
 from step35_patch import Step35Config
-from step35_patch.patch.agreement import Step35MismatchError, check_checkpoint
+from step35_patch.patch.agreement import (
+    Step35MismatchError,
+    check_checkpoint,
+    check_implementation,
+)
 from step35_patch.patch.parse_args import Step35ArgumentError, add_arguments
 
 pytestmark = pytest.mark.megatron
+
+# The published model's.
+FULL_LAYERS = "0,4,8,12,16,20,24,28,32,36,40,44"
+SLIDING_LAYERS = "1-3,5-7,9-11,13-15,17-19,21-23,25-27,29-31,33-35,37-39,41-43,45-47"
+FP8 = "--fp8-format hybrid --transformer-impl transformer_engine --tensor-model-parallel-size"
 
 
 @pytest.mark.parametrize("option", [True, False])
@@ -346,3 +356,69 @@ def test_checkpoint_of_another_model_is_named(parse):
     assert "carries no config that would tell which fields differ" in str(error.value)
     with pytest.warns(RuntimeWarning, match="does not say which Step-3.5 model"):
         check_checkpoint(argparse.Namespace(num_layers=6), "iter_0000002")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        # 14,432 rows of a sliding layer, 10,304 of a full one.
+        (
+            f"{FP8} 8",
+            "--fp8-format: expected linear layers with rows and columns on each rank that 16 "
+            "divides, as Transformer Engine needs for the recipe delayed, found "
+            "self_attention.linear_qkv with 1288 rows on each of 8 tensor-parallel ranks (layers "
+            f"{FULL_LAYERS}), self_attention.linear_qkv with 1804 rows on each of 8 "
+            f"tensor-parallel ranks (layers {SLIDING_LAYERS}); "
+            "use --step35-gate-layout expanded, or --tensor-model-parallel-size 1 or 2, or leave "
+            "it out",
+        ),
+        (
+            f"{FP8} 4",
+            f"with 3608 rows on each of 4 tensor-parallel ranks (layers {SLIDING_LAYERS}); ",
+        ),
+        (f"{FP8} 2 --fp8-recipe mxfp8", "with 7216 rows on each of 2 tensor-parallel ranks (lay"),
+        (
+            f"{FP8} 8 --fp8-recipe tensorwise --first-last-layers-bf16",
+            "1288 rows on each of 8 tensor-parallel ranks (layers 4,8,12,16,20,24,28,32,36,40)",
+        ),
+        (f"{FP8} 2", None),
+        (f"{FP8} 8 --step35-gate-layout expanded", None),
+        (f"{FP8} 8 --step35-gate-layout expanded --fp8-recipe mxfp8", None),
+        ("--transformer-impl transformer_engine --tensor-model-parallel-size 8", None),
+    ],
+)
+def test_sizes_that_fp8_does_not_take_are_refused(parse, words, message):
+    config = json.loads(PUBLISHED.read_text())
+    if message is None:
+        parse(*words.split(), config=config)
+        return
+    with pytest.raises(Step35ArgumentError) as error:
+        parse(*words.split(), config=config)
+    assert message in str(error.value)
+    assert len(error.value.problems) == 1
+
+
+def test_distributed_optimizer_of_the_other_implementation_is_refused(parse):
+    """It would be read without an error, each parameter's from another one's place."""
+    args = parse("--transformer-impl", "local", config=tiny_config())
+    saved = argparse.Namespace(**vars(args))
+    state = {"args": saved, "content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"}}
+    check_implementation(state, args, "iter_0000002")
+    saved.transformer_impl, saved.moe_grouped_gemm = "transformer_engine", True
+    with pytest.raises(Step35MismatchError) as error:
+        check_implementation(state, args, "iter_0000002")
+    assert "--transformer-impl: transformer_engine in the checkpoint, local in" in str(error.value)
+    assert "--moe-grouped-gemm: True in the checkpoint, False in this run" in str(error.value)
+    for option in ("finetune", "no_load_optim"):
+        without = argparse.Namespace(**vars(args) | {option: True})
+        check_implementation(state, without, "iter_0000002")
+    for kind in ("fully_reshardable", None):
+        state["content_metadata"]["distrib_optim_sharding_type"] = kind
+        check_implementation(state, args, "iter_0000002")
+
+
+def test_scales_that_are_left_unread_are_named(parse):
+    args = parse("--transformer-impl", "local", config=tiny_config())
+    saved = argparse.Namespace(**vars(args) | {"fp8": "hybrid"})
+    with pytest.warns(RuntimeWarning, match="iter_0000002 was saved by a run in FP8, whose scales"):
+        check_implementation({"args": saved}, args, "iter_0000002")

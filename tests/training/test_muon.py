@@ -16,6 +16,9 @@ from support.once import once
 pytest.importorskip("emerging_optimizers")
 pytestmark = pytest.mark.slow
 
+# There with grouped experts.
+ON_BOTH = pytest.mark.transformer_engine
+
 MUON = {
     "optimizer": "muon",
     # Weights that are rounded to fp32 must not hide what was added to them.
@@ -57,12 +60,12 @@ def errors(
     ("layout", "mode", "overrides"),
     [
         pytest.param("one process", "duplicated", {}, marks=pytest.mark.megatron),
-        pytest.param("one process", "duplicated", EXPANDED, marks=pytest.mark.megatron),
+        pytest.param("one process", "duplicated", EXPANDED, marks=[pytest.mark.megatron, ON_BOTH]),
         pytest.param("tp2 with sequence parallelism", "duplicated", {}, marks=pytest.mark.megatron),
         ("tp2 with sequence parallelism", "duplicated", EXPANDED),
         ("tp2 with sequence parallelism", "distributed", EXPANDED),
         ("tp2 with sequence parallelism", "blockwise", {}),
-        ("tp2, ep2, etp1", "distributed", {}),
+        pytest.param("tp2, ep2, etp1", "distributed", {}, marks=ON_BOTH),
         ("virtual pipeline", "duplicated", {}),
     ],
 )
