@@ -20,6 +20,11 @@ pytestmark = pytest.mark.transformer_engine(only=True)
 LOCAL = {"transformer_impl": "local", "moe_grouped_gemm": False}
 GROUPED = {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True}
 SEQUENTIAL = GROUPED | {"moe_grouped_gemm": False}
+# The default goes by the order of the parameters, which differs: it is refused at the arguments.
+FULLY_RESHARDABLE = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +38,21 @@ def start(tmp_path_factory):
     [
         pytest.param("tp2 with sequence parallelism", LOCAL, GROUPED, marks=pytest.mark.megatron),
         pytest.param("expert parallel", GROUPED, LOCAL, marks=pytest.mark.megatron),
-        ("expert parallel", LOCAL, SEQUENTIAL),
+        ("expert parallel: distributed optimizer", LOCAL, SEQUENTIAL),
         ("pipeline", SEQUENTIAL, LOCAL),
         ("expanded gate, tp2", GROUPED, SEQUENTIAL),
     ],
 )
 def test_training_goes_on(start, ranks, tmp_path, layout, first, second):
-    spec = json.dumps(Case(layout).spec())
+    layout, _, distributed = layout.partition(": ")
+    case = Case(layout, distributed_optimizer=bool(distributed))
+    spec = json.dumps(case.spec() | {"sharding": FULLY_RESHARDABLE if distributed else {}})
     code = "from support import resume_worker; resume_worker.main(*arguments)"
     arguments = start, tmp_path, spec, json.dumps(first), json.dumps(second)
-    ended = ranks.run(code, Case(layout).processes, *arguments)
+    ended = ranks.run(code, case.processes, *arguments)
     assert not any(ended.statuses), ended.text[-4000:]
     found = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
-    assert len(found) == Case(layout).processes
+    assert len(found) == case.processes
     for rank in found:
         for what, tolerance in (("gradients", 1e-4), ("changes", 1e-3)):
             worst = max(rank[what], key=rank[what].__getitem__)

@@ -57,7 +57,7 @@ def test_keys_and_shapes_are_those_of_a_built_model(tmp_path, gate_layout, chang
 def test_every_module_of_transformer_engine_finds_its_extra_state():
     """All that have weights but the embedding, the output layer and routers, which are not its own.
 
-    tests/convert/test_transformer_engine.py asks its modules, where they are installed.
+    tests/convert/test_transformer_engine.py asks its modules.
     """
     config = Step35Config.from_dict(tiny_config())
     wanted = set()
