@@ -117,6 +117,9 @@ def thd_out_correction(
 ):
     """Add the keys of another step to attention's output, [t, h, d].
 
+    With the arguments that the caller gives, and as `flash_attn_fwd_incremental_out_correction`
+    beside it does for whole batches: older sources of the kernel add steps to zeros instead.
+
     Args:
         out: of the steps before, whose log-sum-exp is `old_lse`; changed in place.
         out_per_step: of this step, with `lse_per_step`.
