@@ -16,21 +16,14 @@ Nothing is timed, and nothing here is about Transformer Engine, which sends in i
 
 from __future__ import annotations
 
-import csv
-import datetime
-import platform
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import paired
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
-
-RESULTS = HERE / "results" / "context_parallel.csv"
+RESULTS = paired.RESULTS / "context_parallel.csv"
 GROUPS, HEAD_DIM, WINDOW = 8, 128, 512
 # Of keys and values of one token: bf16 where it is calculated, fp32 where it is run.
 BF16, FP32 = (2 * GROUPS * HEAD_DIM * size for size in (2, 4))
@@ -54,11 +47,9 @@ def main() -> None:
     from step35_patch import cpu
 
     cpu.install()
-    rows = [*_calculated(), *_counted()]
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    about = paired.about("megatron.core", threads=1)
+    rows = [about | row for row in (*_calculated(), *_counted())]
+    paired.write(RESULTS, rows)
     for row in rows:
         print(*row.values())
 
@@ -153,10 +144,6 @@ def _row(
     fetched: int,
     size: int,
 ) -> dict[str, Any]:
-    import megatron.core
-
-    import step35_patch
-
     gathered = (tokens - tokens // ranks) * size
     return {
         "tokens": tokens,
@@ -167,12 +154,6 @@ def _row(
         "fetched_bytes": fetched,
         "gathered_bytes": gathered,
         "gathered_over_fetched": f"{gathered / fetched:.2f}",
-        "step35_patch": step35_patch.__version__,
-        # Without the commit that it may name, of the folder that this runs in.
-        "megatron_core": megatron.core.__version__.partition("+")[0],
-        "torch": torch.__version__,
-        "device": f"CPU ({platform.machine()})",
-        "date": datetime.date.today(),
     }
 
 

@@ -23,11 +23,8 @@ Not covered: network file systems, more than one disk, tens of workers.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -35,15 +32,15 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import paired
 import torch
 from safetensors.torch import save_file
 
-import step35_patch
 from step35_patch import Step35Config
 from step35_patch.config import packaged_config_path
 from step35_patch.tensors.published import published_tensors
 
-RESULTS = Path(__file__).parent / "results" / "convert.csv"
+RESULTS = paired.RESULTS / "convert.csv"
 GIB = 2**30
 
 
@@ -158,22 +155,8 @@ def main() -> None:
         # In a process of its own: the resident size of a child starts at its parent's.
         with ProcessPoolExecutor(1) as pool:
             total = pool.submit(make_checkpoint, work / "hf", small_config(experts)).result()
-        cpu = next(
-            (
-                line.split(":")[1].strip()
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")
-            ),
-            platform.processor(),
-        )
-        about = {
-            "date": datetime.date.today().isoformat(),
-            "step35_patch": step35_patch.__version__,
-            "torch": torch.__version__,
-            "cpu": cpu,
-            "cores": os.cpu_count(),
+        about = paired.about(threads=arguments.workers) | {
             "cold_caches": drop_caches(),
-            "workers": arguments.workers,
             "bytes": total,
         }
         hf, out, megatron = work / "hf", work / "out", work / "megatron"
@@ -188,10 +171,7 @@ def main() -> None:
     finally:
         shutil.rmtree(work)
     if not arguments.quick:
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        paired.write(RESULTS, rows)
 
 
 if __name__ == "__main__":
