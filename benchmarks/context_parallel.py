@@ -11,12 +11,14 @@ published shapes, are calculated by the plan that these runs follow.
 
 Nothing is timed, and nothing here is about Transformer Engine, which sends in its own ways.
 
-    python benchmarks/context_parallel.py    # a minute; writes results/context_parallel.csv
+    python benchmarks/context_parallel.py            # a minute; writes results/context_parallel.csv
+    python benchmarks/context_parallel.py --quick    # one run of processes only; writes no file
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,12 +46,17 @@ def fetched_rows(tokens: int, ranks: int, document: int, window: int | None) -> 
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Count bytes; see the docstring.")
+    parser.add_argument("--quick", action="store_true", help="one run of processes; no file")
+    quick = parser.parse_args().quick
+
     from step35_patch import cpu
 
     cpu.install()
-    about = paired.about("megatron.core", threads=1)
-    rows = [about | row for row in (*_calculated(), *_counted())]
-    paired.write(RESULTS, rows)
+    about = paired.about("megatron-core", threads=1)
+    rows = [about | row for row in (*_calculated(), *_counted(RUNS[:1] if quick else RUNS))]
+    if not quick:
+        paired.write(RESULTS, rows)
     for row in rows:
         print(*row.values())
 
@@ -61,8 +68,8 @@ def _calculated() -> Iterator[dict[str, Any]]:
             yield _row(tokens, ranks, document, window, False, fetched, BF16)
 
 
-def _counted() -> Iterator[dict[str, Any]]:
-    for tokens, ranks, document in RUNS:
+def _counted(runs: Iterable[tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
+    for tokens, ranks, document in runs:
         for window in (WINDOW, None):
             context = torch.multiprocessing.get_context("spawn")
             queue = context.Queue()

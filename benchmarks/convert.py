@@ -14,8 +14,8 @@ only imports the same modules.
 Needs Linux and twice the checkpoint's size of disk space besides it; the folder is removed at
 the end. Run it from the repository:
 
-    python benchmarks/convert.py WORK_DIR              # some 10 minutes; writes results/convert.csv
-    python benchmarks/convert.py WORK_DIR --quick      # 8 experts, one round; writes no file
+    python benchmarks/convert.py --work-dir DIR    # some 10 minutes; writes results/convert.csv
+    python benchmarks/convert.py --quick           # 8 experts, one round; writes no file
 
 Not covered: network file systems, more than one disk, tens of workers.
 """
@@ -28,6 +28,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -142,13 +143,14 @@ def compare(source: Path, work: Path, arguments: list[str], rounds: int, row: di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmark convert; see the docstring.")
-    parser.add_argument("work_dir", type=Path, help="made here, removed at the end: bench-convert")
+    parser.add_argument(
+        "--work-dir", type=Path, help="on the disk that is measured; default the system's for files"
+    )
     parser.add_argument("--quick", action="store_true", help="8 experts, one round, no file")
     parser.add_argument("--rounds", type=int, help="default 3; 1 with --quick")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    work = arguments.work_dir / "bench-convert"
-    work.mkdir(parents=True)
+    work = Path(tempfile.mkdtemp(prefix="convert-", dir=arguments.work_dir))
     rounds = arguments.rounds or (1 if arguments.quick else 3)
     experts = 8 if arguments.quick else 288
     try:

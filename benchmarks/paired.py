@@ -26,7 +26,7 @@ import argparse
 import csv
 import ctypes
 import datetime
-import importlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -48,8 +48,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 # Columns and values of JSON: what is measured, for example {"dtype": "float32", "seq_len": 1024}.
 Case = dict[str, Any]
-# `total_s`, which the ratios are of; other times (`*_s`, in seconds); sizes (`*_mib`); `check`, a
-# list of numbers that all implementations must agree on.
+# `total_s`, which the ratios are of; other times (`*_s`, in seconds); `check`, a list of numbers
+# that all implementations must agree on. Of all else, sizes and counts, the largest is shown.
 Result = dict[str, Any]
 Row = dict[str, Any]
 
@@ -66,7 +66,8 @@ class Benchmark:
     a case in a worker; what should not be timed it does before it starts its clock, and may keep
     for the next round. The ratios `over_NAME` are to the first implementation. `over_previous` is
     the ratio of a case's time to that of the case which differs in one of the columns `growth`
-    alone, where it has the next smaller value. `warm_up` are run once in a new worker, unrecorded.
+    alone, where it has the next smaller value; sizes and counts have it too. `warm_up` are run once
+    in a new worker, unrecorded.
     """
 
     script: str
@@ -78,7 +79,7 @@ class Benchmark:
     quick_rounds: int = 3
     warm_up: Sequence[Case] = ()
     growth: tuple[str, ...] = ()
-    packages: tuple[str, ...] = ("megatron.core",)
+    packages: tuple[str, ...] = ("megatron-core",)
 
     @property
     def results(self) -> Path:
@@ -89,17 +90,13 @@ class Benchmark:
 
 
 def about(*packages: str, threads: int | None = None) -> Row:
-    """The columns that say when, with which versions and on what; `packages` by import name."""
-    versions = {"step35_patch": "step35_patch"} | {
-        name.replace(".", "_"): name for name in packages
-    }
+    """The columns that say when, with which versions and on what; `packages` by PyPI's name."""
+    import step35_patch
+
     return {
         "date": datetime.date.today().isoformat(),
-        # Without the commit that Megatron-Core's may name, of the folder that this runs in.
-        **{
-            column: importlib.import_module(name).__version__.partition("+")[0]
-            for column, name in versions.items()
-        },
+        "step35_patch": step35_patch.__version__,
+        **{name.replace("-", "_"): importlib.metadata.version(name) for name in packages},
         "torch": torch.__version__,
         "device": f"{_processor()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads() if threads is None else threads,
@@ -271,6 +268,7 @@ class Measured:
         """A row for each case and implementation, without when and where."""
         results = [result for done in self.rounds.values() for result in done]
         keys = list(dict.fromkeys(key for result in results for key in result))
+        counts = [key for key in keys if not key.endswith("_s") and key != "check"]
         base = self.benchmark.implementations[0]
         rows = []
         for number, case in enumerate(self.cases):
@@ -284,13 +282,18 @@ class Measured:
                 for key in (key for key in keys if key.endswith("_s")):
                     milliseconds = [1e3 * result[key] for result in done]
                     row |= spread_columns(f"{key[:-2]}_ms", milliseconds)
-                for key in (key for key in keys if key.endswith("_mib")):
-                    row[key] = f"{max(result[key] for result in done):.0f}" if done else ""
+                row |= {key: f"{_largest(done, key):.0f}" if done else "" for key in counts}
                 row |= spread_columns(f"over_{base}", _ratios(done, self.rounds[base, number]))
                 if self.benchmark.growth:
                     smaller = self._smaller(case)
                     before = [] if smaller is None else self.rounds[name, smaller]
                     row |= spread_columns("over_previous", _ratios(done, before))
+                    for key in counts:
+                        row[f"{key}_over_previous"] = (
+                            f"{_largest(done, key) / _largest(before, key):.2f}"
+                            if done and before
+                            else ""
+                        )
                 rows.append(row)
         return rows
 
@@ -304,6 +307,10 @@ class Measured:
             if other[changed[0]] < case[changed[0]]:
                 found[other[changed[0]]] = number
         return found[max(found)] if found else None
+
+
+def _largest(done: list[Result], key: str) -> float:
+    return max(result[key] for result in done)
 
 
 def _ratios(over: list[Result], under: list[Result]) -> list[float]:
@@ -331,15 +338,17 @@ def _number(value: float) -> str:
 
 
 def report(rows: Iterable[Row]) -> None:
+    """Print the rows, the three columns of a spread as one."""
     for row in rows:
-        names = list(row)
-        case = " ".join(str(row[name]) for name in names[: names.index("rounds")])
-        print(f"{case}: {row['status']}", end="")
-        for name in (name[:-4] for name in names if name.endswith("_p50")):
-            if row[f"{name}_p50"]:
-                low, middle, high = (row[f"{name}_{p}"] for p in PERCENTILES)
-                print(f", {name} {middle} ({low}-{high})", end="")
-        print("".join(f", {name} {row[name]}" for name in names if name.endswith("_mib")))
+        texts = []
+        for name, value in row.items():
+            stem, _, percentile = name.rpartition("_")
+            if percentile == "p50" and value:
+                low, middle, high = (row[f"{stem}_{p}"] for p in PERCENTILES)
+                texts.append(f"{stem} {middle} ({low}-{high})")
+            elif percentile not in PERCENTILES:
+                texts.append(f"{name} {value}")
+        print(", ".join(texts))
 
 
 def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> None:

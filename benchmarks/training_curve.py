@@ -1,6 +1,7 @@
 """Training, ours against transformers' Step3p7: with AdamW, and as the authors fine-tune.
 
-    python benchmarks/training_curve.py [adam|authors]
+    python benchmarks/training_curve.py [adam] [authors]
+    python benchmarks/training_curve.py --quick    # 5 iterations of each; writes no file
 
 Runs `train_ours` and `train_reference` of tests/support/training_curve.py, which describes them:
 200 iterations with torch's AdamW as the reference's optimizer, 100 of packed documents with an
@@ -14,22 +15,22 @@ which the published model is trained. tests/training/test_training_curve.py hold
 
 from __future__ import annotations
 
-import csv
-import datetime
-import platform
-import sys
+import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import paired
 import torch
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 TITLE = "A tiny Step-3.5, trained by Megatron-Core and by transformers + torch "
 
 
-def main(*names: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train and compare; see the docstring.")
+    parser.add_argument("names", nargs="*", metavar="RUN", help="adam, authors; default both")
+    parser.add_argument("--quick", action="store_true", help="5 iterations of each; no file")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         from step35_patch import cpu
 
@@ -49,53 +50,42 @@ def main(*names: str) -> None:
         "adam": (ADAM, 200, "training_curve", "AdamW"),
         "authors": (AUTHORS, 100, "training_curve_authors", "Muon, packed documents"),
     }
-    for name in names or runs:
+    about = paired.about("megatron-core", "transformers")
+    for name in options.names or runs:
         recipe, steps, file, optimizer = runs[name]
+        steps = 5 if options.quick else steps
         with tempfile.TemporaryDirectory() as folder:
             hf_folder, config, weights = write_folder(Path(folder, "hf"))
             _, ours = train_ours(recipe, hf_folder, steps)
             theirs = train_reference(recipe, config, weights, steps)
         apart = differences(ours, theirs)
-        _write_csv(HERE / "results" / f"{file}.csv", ours, theirs, apart)
-        _plot(HERE / "results" / f"{file}.png", TITLE + optimizer, ours, theirs, apart)
+        if not options.quick:
+            rows = [about | row for row in _rows(ours, theirs, apart)]
+            paired.write(paired.RESULTS / f"{file}.csv", rows)
+            path = paired.RESULTS / f"{file}.png"
+            _plot(path, TITLE + optimizer, about, ours, theirs, apart)
         print(
             f"{name}: loss {ours[0].loss:.3f} -> {ours[-1].loss:.3f}, largest difference "
             f"{max(apart):.2g}"
         )
 
 
-def _versions() -> str:
-    import megatron.core
-    import transformers
-
-    import step35_patch
-
-    # Without the commit that it may name, of the folder that this runs in.
-    version = megatron.core.__version__.partition("+")[0]
-    return (
-        f"step35_patch {step35_patch.__version__}, Megatron-Core {version}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, fp32, CPU "
-        f"({platform.machine()}), {datetime.date.today()}"
-    )
-
-
-def _write_csv(path: Path, ours, theirs, apart) -> None:
-    depths = range(1, len(ours[0].mtp_losses) + 1)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([f"# {_versions()}"])
-        writer.writerow(
-            ["iteration", "loss", "reference_loss"]
-            + [f"{whose}mtp_{depth}_loss" for depth in depths for whose in ("", "reference_")]
-            + ["largest_relative_difference"]
-        )
-        for step, (a, b, difference) in enumerate(zip(ours, theirs, apart, strict=True), start=1):
-            mtp = [x for pair in zip(a.mtp_losses, b.mtp_losses, strict=True) for x in pair]
-            numbers = [f"{x:.6f}" for x in (a.loss, b.loss, *mtp)]
-            writer.writerow([step, *numbers, f"{difference:.3g}"])
+def _rows(ours, theirs, apart) -> Iterator[paired.Row]:
+    for step, (a, b, difference) in enumerate(zip(ours, theirs, apart, strict=True), start=1):
+        mtp = {}
+        for depth, losses in enumerate(zip(a.mtp_losses, b.mtp_losses, strict=True), start=1):
+            for whose, loss in zip(("", "reference_"), losses, strict=True):
+                mtp[f"{whose}mtp_{depth}_loss"] = f"{loss:.6f}"
+        yield {
+            "iteration": step,
+            "loss": f"{a.loss:.6f}",
+            "reference_loss": f"{b.loss:.6f}",
+            **mtp,
+            "largest_relative_difference": f"{difference:.3g}",
+        }
 
 
-def _plot(path: Path, title: str, ours, theirs, apart) -> None:
+def _plot(path: Path, title: str, about: paired.Row, ours, theirs, apart) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -125,10 +115,11 @@ def _plot(path: Path, title: str, ours, theirs, apart) -> None:
     relative.set_ylabel("largest relative difference")
     relative.set_xlabel("iteration")
     relative.legend(fontsize=8)
-    figure.text(0.5, 0.005, _versions(), ha="center", fontsize=7)
+    versions = ", ".join(f"{name} {value}" for name, value in about.items())
+    figure.text(0.5, 0.005, versions, ha="center", fontsize=7)
     figure.tight_layout(rect=(0, 0.02, 1, 1))
     figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

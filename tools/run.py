@@ -1,4 +1,4 @@
-"""What ./run does once it has a Python: set up .venv, then run the demo, checks or tests in it.
+"""What ./run does once it has a Python: set up .venv, then run in it what is asked for.
 
 Standard library only. The set-up is skipped while what it depends on is unchanged, so that a
 second run needs no network; one that was interrupted is started afresh.
@@ -48,6 +48,7 @@ def main() -> int:
     test.add_argument(
         "--quick", action="store_true", help="the newest Megatron-Core only, without the slow tests"
     )
+    commands.add_parser("bench", help="run the benchmarks (further arguments go to them)")
     commands.add_parser("lint", help="check style and types only: ruff and mypy")
     commands.add_parser("setup", help="nothing else")
     arguments, rest = parser.parse_known_args()
@@ -61,6 +62,10 @@ def main() -> int:
         ).returncode
     if arguments.command == "test":
         return test_all(rest, arguments.quick)
+    if arguments.command == "bench":
+        return subprocess.run(
+            [PYTHON, ROOT / "benchmarks" / "all.py", *rest], env=environment()
+        ).returncode
     if arguments.command == "lint":
         return int(not lint())
     return 0
