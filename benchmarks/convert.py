@@ -15,7 +15,7 @@ Needs Linux and twice the checkpoint's size of disk space besides it; the folder
 the end. Run it from the repository:
 
     python benchmarks/convert.py --work-dir DIR    # some 10 minutes; writes results/convert.csv
-    python benchmarks/convert.py --quick           # 8 experts, one round; writes no file
+    python benchmarks/convert.py --quick           # 8 experts, few words, one round; writes no file
 
 Not covered: network file systems, more than one disk, tens of workers.
 """
@@ -33,28 +33,28 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import models
 import paired
 import torch
 from safetensors.torch import save_file
 
 from step35_patch import Step35Config
-from step35_patch.config import packaged_config_path
 from step35_patch.tensors.published import published_tensors
 
 RESULTS = paired.RESULTS / "convert.csv"
 GIB = 2**30
 
 
-def small_config(experts: int) -> dict:
+def small_config(quick: bool) -> dict:
     """The published config with four of its layers."""
-    config = json.loads(Path(packaged_config_path()).read_text("utf-8"))
+    config = models.published() | ({"vocab_size": 1024} if quick else {})
     full, sliding = "full_attention", "sliding_attention"
     config |= {
         "num_hidden_layers": 3,
         "num_nextn_predict_layers": 1,
         "layer_types": [sliding, full, sliding, sliding],
         "moe_layers_enum": "1,2",
-        "moe_num_experts": experts,
+        "moe_num_experts": 8 if quick else 288,
     }
     for name, kinds in {
         "rope_theta": {full: 5e6, sliding: 1e4},
@@ -146,17 +146,20 @@ def main() -> None:
     parser.add_argument(
         "--work-dir", type=Path, help="on the disk that is measured; default the system's for files"
     )
-    parser.add_argument("--quick", action="store_true", help="8 experts, one round, no file")
+    parser.add_argument(
+        "--quick", action="store_true", help="8 experts, few words, one round, no file"
+    )
     parser.add_argument("--rounds", type=int, help="default 3; 1 with --quick")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="convert-", dir=arguments.work_dir))
     rounds = arguments.rounds or (1 if arguments.quick else 3)
-    experts = 8 if arguments.quick else 288
     try:
         # In a process of its own: the resident size of a child starts at its parent's.
         with ProcessPoolExecutor(1) as pool:
-            total = pool.submit(make_checkpoint, work / "hf", small_config(experts)).result()
+            total = pool.submit(
+                make_checkpoint, work / "hf", small_config(arguments.quick)
+            ).result()
         about = paired.about(threads=arguments.workers) | {
             "cold_caches": drop_caches(),
             "bytes": total,

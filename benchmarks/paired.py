@@ -14,7 +14,7 @@ other, in the reverse order in every second round. Shown are 20th percentile, me
 percentile of the rounds, and the same of the ratios within a round: a machine that does other
 things as well disturbs these less than it does the times. For the same reason `clock` reads the
 process's CPU time where there is one thread. What does not fit into memory is recorded as out of
-memory.
+memory. The result file is written after each round, so that a run that is cut short counts.
 
 Scripts that compare nothing of this kind use `about`, `write` and `spread` alone. Importing this
 module puts the repository and its tests on `sys.path`. Memory is read in Linux's /proc.
@@ -219,7 +219,9 @@ class Measured:
         }
         self.out_of_memory: set[tuple[str, int]] = set()
 
-    def run(self, rounds: int, threads: int, memory_gib: float) -> None:
+    def run(
+        self, rounds: int, threads: int, memory_gib: float, after_round: Callable[[], None]
+    ) -> None:
         workers = {
             name: _Worker(self.benchmark, name, threads, memory_gib)
             for name in self.benchmark.implementations
@@ -235,6 +237,7 @@ class Measured:
                     if done == 0:
                         self._check(number)
                     print(f"round {done + 1} of {rounds}: {case}", file=sys.stderr, flush=True)
+                after_round()
         finally:
             for worker in workers.values():
                 worker.stop()
@@ -373,10 +376,12 @@ def main(benchmark: Benchmark, arguments: Sequence[str] | None = None) -> None:
     where["clock"] = "CPU" if options.threads == 1 else "wall"
     measured = Measured(benchmark, benchmark.quick if options.quick else benchmark.cases)
     rounds = options.rounds or (benchmark.quick_rounds if options.quick else benchmark.rounds)
-    measured.run(rounds, options.threads, options.memory_gib)
-    rows = measured.rows()
-    print(", ".join(f"{name} {value}" for name, value in where.items()))
-    report(rows)
     output = options.output or (None if options.quick else benchmark.results)
-    if output is not None:
-        write(output, [where | row for row in rows])
+
+    def keep() -> None:
+        if output is not None:
+            write(output, [where | row for row in measured.rows()])
+
+    measured.run(rounds, options.threads, options.memory_gib, after_round=keep)
+    print(", ".join(f"{name} {value}" for name, value in where.items()))
+    report(measured.rows())

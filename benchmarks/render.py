@@ -2,9 +2,9 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`, and is made of results/NAME.csv:
 in the form that `TABLES` has for it, or else, for what `paired.py` has written, with a row for each
-case. Below it stands when, where and with which versions it was measured. Nothing else in README.md
-says numbers that a result file has, so that the two can't drift; tests/package/test_benchmarks.py
-fails if README.md is not what this would write.
+case. Below it stands when, where and with which versions it was measured. Numbers of a result file
+stand in these tables only, so that the two can't drift; tests/package/test_benchmarks.py fails if
+README.md is not what this would write.
 
     python benchmarks/render.py            # writes README.md and results/*.png
     python benchmarks/render.py --check    # says whether README.md is up to date; writes nothing
@@ -110,19 +110,22 @@ def compared(rows: Sequence[Row]) -> list[str]:
     base, *others = [row["implementation"] for row in groups[0]]
     grows = "over_previous_p50" in columns
     headings = [*(name.replace("_", " ") for name in described), f"`{base}`"]
-    headings += ["over the previous size"] * grows
+    previous = "over the previous size"
+    headings += [previous] * grows
     headings += [f"`{name}` / `{base}`" for name in others]
-    alone = ["over the previous size"] * (grows and not others)
+    alone = grows and not others
     for name in counts:
-        headings += [unit(name), *alone]
+        headings += [unit(name), *[previous] * alone]
     lines = []
     for ours, *theirs in groups:
         line = [*(ours[name] for name in described), milliseconds(ours)]
-        line += [spread(ours, "over_previous")] * grows
+        if grows:
+            line.append(spread(ours, "over_previous"))
         line += [spread(row, f"over_{base}") for row in theirs]
         for name in counts:
             line.append(", ".join(row[name] or "-" for row in (ours, *theirs)))
-            line += [ours[f"{name}_over_previous"]] * len(alone)
+            if alone:
+                line.append(ours[f"{name}_over_previous"])
         lines.append(line)
     return markdown(headings, lines)
 
@@ -250,7 +253,8 @@ def plot(name: str, over: Sequence[str]) -> None:
     panels[0][0].legend()
     figure.suptitle(
         f"{name.replace('_', ' ')}: "
-        + ", ".join(f"{c.replace('_', ' ')} {rows[0][c]}" for c in columns if c not in over)
+        + ", ".join(f"{c.replace('_', ' ')} {rows[0][c]}" for c in columns if c not in over),
+        fontsize=9,
     )
     figure.text(0.5, 0.005, where(rows).strip("*"), ha="center", fontsize=5)
     figure.tight_layout(rect=(0, 0.02, 1, 1))
