@@ -82,15 +82,23 @@ def times(*seconds):
 
 
 def test_ratios_are_those_within_a_round(measured):
-    # A machine that is ten times slower in the second round changes no ratio.
-    fill(measured, times(1, 10, 1), times(2, 20, 2), 0)
+    # The second round is ten times slower. The ratios of the medians would be 3 and 4 / 3.
+    fill(measured, times(1, 10, 1), times(2, 10, 3), 0)
     fill(measured, times(3, 30, 3), times(4, 40, 4), 1)
     short, their_short, _, their_long = measured.rows()
-    assert [their_short[f"over_ours_{p}"] for p in ("p20", "p50", "p80")] == ["2.000"] * 3
-    assert [their_long[f"over_previous_{p}"] for p in ("p20", "p50", "p80")] == ["2.000"] * 3
+    spread = [their_short[f"over_ours_{p}"] for p in ("p20", "p50", "p80")]
+    assert spread == ["1.400", "2.000", "2.600"]
+    assert their_long["over_previous_p50"] == "2.000"
     assert short["over_previous_p50"] == ""
     assert (short["total_ms_p50"], short["total_ms_p80"]) == ("1000.0", "6400.0")
-    assert (their_long["peak_mib"], their_long["peak_mib_over_previous"]) == ("4000", "2.00")
+    assert (their_long["peak_mib"], their_long["peak_mib_over_previous"]) == ("4000", "4.00")
+
+
+def test_growth_is_over_the_next_smaller_size_with_all_else_equal(load, measured):
+    half = {"dtype": "bfloat16"}
+    cases = [SHORT, LONG, {**SHORT, "seq_len": 64}, SHORT | half, {**SHORT, "seq_len": 32} | half]
+    found = load("paired").Measured(measured.benchmark, cases)
+    assert [found._smaller(case) for case in cases] == [None, 0, 1, None, 3]
 
 
 def test_what_runs_out_of_memory_once_has_no_numbers(measured):
