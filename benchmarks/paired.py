@@ -28,6 +28,7 @@ import ctypes
 import datetime
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import resource
@@ -159,6 +160,7 @@ def _work(benchmark: Benchmark, implementation: str, memory_gib: float) -> None:
     """Answer each case on stdin, a line of JSON, by a line on stdout."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
+    logging.disable(logging.WARNING)  # Megatron-Core's, of each model that is built
     for case in benchmark.warm_up:
         benchmark.measure(implementation, case)
     # Allocations beyond fail cleanly, and the machine stays usable.
