@@ -69,14 +69,17 @@ def where(rows: Sequence[Row]) -> str:
         return " and ".join(sorted({row[column] for row in rows if row.get(column)}))
 
     parts = [values("date"), values("device")]
-    threads = values("threads")
-    parts.append(f"{threads} thread" + ("" if threads == "1" else "s"))
+    parts.append(plural(values("threads"), "thread"))
     if clock := values("clock"):
         parts.append(f"{clock} time")
-    if rounds := {int(row["rounds"]) for row in rows if row.get("rounds", "0") != "0"}:
-        parts.append(f"{max(rounds)} rounds" if len(rounds) == 1 else f"up to {max(rounds)} rounds")
+    if rounds := max(int(row.get("rounds", 0)) for row in rows):
+        parts.append(plural(str(rounds), "round"))
     parts += [f"{name} {values(column)}" for column, name in ABOUT.items() if values(column)]
     return f"*{'; '.join(parts)}.*"
+
+
+def plural(count: str, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != "1")
 
 
 # --- What paired.py has written -------------------------------------------------------------------
@@ -247,7 +250,7 @@ def plot(name: str, over: Sequence[str]) -> None:
             axes.fill_between(at, low, high, color=line.get_color(), alpha=0.2)
         ticks = sorted({int(row[x]) for row in shown})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
+        axes.tick_params("x", which="minor", bottom=False, labelbottom=False)
         axes.set_xlabel(x.replace("_", " "))
     panels[0][0].set_ylabel("forward and backward, ms")
     panels[0][0].legend()
