@@ -24,6 +24,7 @@ optimizers or the first and last layers.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import platform
@@ -31,7 +32,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import counting
 import layers
+import torch
 from layers import FULL, SLIDING, Shape, Sizes
 
 HERE = Path(__file__).resolve().parent
@@ -85,22 +88,25 @@ def attention_flops(shape: Shape, sizes: Sizes, tokens: int) -> int:
     return 7 * 2 * pairs * heads * sizes.channels
 
 
-def count(
-    shape: Shape, sizes: Sizes, implementation: str, tokens: int, listed: bool = False
-) -> Count:
-    """Count a step of one layer; the second step, after what is made once."""
-    import contextlib
-
-    import counting
-    import torch
-
+def build(shape: Shape, sizes: Sizes, implementation: str) -> torch.nn.Module:
     torch.manual_seed(0)
     if implementation == "ours":
-        layer, table = layers.ours(shape, sizes, tokens), None
-    else:
-        layer = layers.stock(shape, sizes, gate="gate" in implementation)
-        angles = layers.rotary_table(shape, sizes, tokens)
-        table = (angles, angles)
+        return layers.ours(shape, sizes)
+    return layers.stock(shape, sizes, gate="gate" in implementation)
+
+
+def count(
+    layer: torch.nn.Module,
+    shape: Shape,
+    sizes: Sizes,
+    implementation: str,
+    tokens: int,
+    listed: bool = False,
+) -> Count:
+    """Count a step of one layer; the second step, after what is made once."""
+    table = None
+    if implementation != "ours":
+        table = (layers.rotary_table(shape, sizes, tokens),) * 2
     x = torch.randn(tokens, 1, sizes.hidden, dtype=torch.bfloat16, requires_grad=True)
     parameters = [p for p in layer.parameters() if p.requires_grad]
 
@@ -150,11 +156,11 @@ def at_full_size(
 ) -> list[Count]:
     """The counts with `tokens` and all experts, from those with few."""
     s, e = (64, 96), (sizes.chosen, sizes.chosen + 2)
-    few = {
-        (t, n): count(shape, replace(sizes, experts=n), implementation, t)
-        for t in s
-        for n in (e if shape.mlp == "moe" else e[:1])
-    }
+    few: dict[tuple[int, int], Count] = {}
+    for n in e if shape.mlp == "moe" else e[:1]:
+        fewer = replace(sizes, experts=n)
+        layer = build(shape, fewer, implementation)
+        few |= {(t, n): count(layer, shape, fewer, implementation, t) for t in s}
 
     def line(name: str, t: int, n: int) -> int:
         def over_tokens(experts: int) -> int:
@@ -172,7 +178,8 @@ def at_full_size(
             raise ValueError(f"{shape.name}, {implementation}: {name} is not linear in experts")
         return first + step * (n - e[0])
 
-    probe = count(shape, replace(sizes, experts=e[1] + 2), implementation, 160)
+    fewer = replace(sizes, experts=e[1] + 2)
+    probe = count(build(shape, fewer, implementation), shape, fewer, implementation, 160)
     for name in LINEAR:
         expected = line(name, 160, e[1] + 2)
         if getattr(probe, name) != expected:
@@ -224,7 +231,6 @@ def seconds(found: Count) -> tuple[float, float]:
 
 def row(found: Count) -> dict[str, Any]:
     import megatron.core
-    import torch
     import transformer_engine
 
     other, all_of_it = seconds(found)
@@ -266,7 +272,8 @@ def main() -> None:
     for shape in SHAPES:
         for name in implementations(shape):
             if options.quick:
-                found.append(count(shape, SMALL, name, 32, options.list))
+                layer = build(shape, SMALL, name)
+                found.append(count(layer, shape, SMALL, name, 32, options.list))
             else:
                 found += at_full_size(shape, PUBLISHED, name, TOKENS)
         sizes = SMALL if options.quick else PUBLISHED

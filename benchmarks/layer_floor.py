@@ -53,7 +53,8 @@ def rows(shape: Shape, sizes: Sizes, gate: bool = True) -> list[Row]:
     scores, picked = FP32 * sizes.experts, (FP32 + 4) * chosen
     return [
         *found,
-        # logits -> probabilities and experts of the chosen; scores again and dprobabilities -> dlogits
+        # logits -> probabilities and experts of the chosen
+        # scores again, dprobabilities -> dlogits
         Row("router", scores + picked, 2 * scores + picked + FP32 * chosen),
         Row("tokens to experts", (1 + chosen) * hidden + picked, (1 + chosen) * hidden + picked),
         Row(

@@ -84,7 +84,7 @@ def without_products() -> None:
 
     def anything(weight: torch.Tensor) -> torch.Tensor:
         # The router's, by which tokens find their experts, is small.
-        return weight.normal_() if weight.numel() < 100_000 else weight
+        return weight.data.normal_() if weight.numel() < 100_000 else weight
 
     matmul._matmul = zeros
     OPTIONS.update(init_method=anything, output_layer_init_method=anything)
@@ -103,7 +103,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-def ours(shape: Shape, sizes: Sizes, tokens: int, **overrides: Any) -> torch.nn.Module:
+def ours(shape: Shape, sizes: Sizes, **overrides: Any) -> torch.nn.Module:
     """Our layer."""
     from step35_patch import Step35ModelProvider
 
@@ -115,7 +115,7 @@ def ours(shape: Shape, sizes: Sizes, tokens: int, **overrides: Any) -> torch.nn.
         "hidden_size": sizes.hidden,
         "intermediate_size": sizes.dense,
         "vocab_size": 128,
-        "max_position_embeddings": max(tokens, 1024),
+        "max_position_embeddings": 1024,
         "rms_norm_eps": 1e-5,
         "layer_types": [shape.attention],
         "num_attention_heads": sizes.heads,

@@ -28,6 +28,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from step35_patch.model.description import LayerConfig
+from step35_patch.model.output_gate import headwise_gate
 from step35_patch.model.rope import rotary_pos_emb
 from step35_patch.tensors.qkv import gate_rows, refuse_drift
 from step35_patch.tensors.qkv_layout import QkvLayout
@@ -201,7 +202,7 @@ class Step35SelfAttention(SelfAttention):
 
         Returns:
             Query [s, b, np, hn], key and value [s, b, ng, hn], and with a gate its logits,
-            [s, b, np] (headwise) or [s, b, np, hn] (expanded).
+            [s, b, ng, np / ng] (headwise) or [s, b, np, hn] (expanded).
 
         Raises:
             ValueError: the parts are asked for in one tensor, with a head-wise gate among them.
@@ -216,13 +217,9 @@ class Step35SelfAttention(SelfAttention):
         mixed, _ = self.linear_qkv(hidden_states)
         mixed = mixed.view(*mixed.shape[:-1], self.qkv.groups, -1)
         query, gate, key, value = mixed.split(self.qkv.sections, dim=-1)
-        gate = gate.reshape(*gate.shape[:2], -1)
-        query = query.reshape(*gate.shape, self.qkv.channels)
+        query = query.reshape(*query.shape[:2], -1, self.qkv.channels)
         return self.q_layernorm(query), self.k_layernorm(key), value, gate
 
     def _apply_output_gate(self, x: Tensor, gate: Tensor) -> Tensor:
         """x: [s, b, np * hn]; gate: logits as above; multiplies each head by its sigmoid."""
-        if not self.headwise_gate:
-            gate = gate[..., 0]
-        heads = x.view(*gate.shape, self.hidden_size_per_attention_head)
-        return (heads * torch.sigmoid(gate.float()).unsqueeze(-1)).to(x.dtype).view(x.shape)
+        return headwise_gate(x, gate if self.headwise_gate else gate[..., 0])

@@ -29,7 +29,7 @@ import step35_patch.tensors.qkv
 from step35_patch import Step35Config
 from step35_patch.checkpoint import load_hf_weights
 from step35_patch.model.norm import Step35RMSNorm
-from step35_patch.model.swiglu import ClampedSwiGLU
+from step35_patch.model.swiglu import ClampedSwiGLU, RoutedSwiGLU
 
 pytestmark = pytest.mark.transformer_engine
 
@@ -123,6 +123,7 @@ _output_layer_of_the_model = staticmethod(lambda output_layer: output_layer)
 # Where our side computes something else: (object, attribute, what is put there).
 WRONG_CODE = {
     "clamp before silu": (ClampedSwiGLU, "forward", _clamp_before_silu),
+    "clamp before silu in routed experts": (RoutedSwiGLU, "forward", _clamp_before_silu),
     "gate clamped from below": (ClampedSwiGLU, "forward", _clamp_gate_below_too),
     "uncentred norm": UNCENTRED_NORM,
     "gate without sigmoid": (
