@@ -37,7 +37,7 @@ def _counted(counting, run):
 
 def test_the_rules_of_counting(counting):
     x, row, index = torch.rand(4, 6), torch.rand(1, 6), torch.tensor([0, 2])
-    wide = row.expand(4, 6)
+    wide, two = row.expand(4, 6), torch.rand(2, 6)
     expected = {
         "views": (lambda: x.view(2, 12)[1:].t().detach(), (0, 0, 0)),
         "empty memory": (lambda: torch.empty_like(x), (0, 0, 0)),
@@ -48,7 +48,7 @@ def test_the_rules_of_counting(counting):
         "overwriting does not read": (lambda: x.copy_(wide), (1, 24, 96)),
         "adding in place reads": (lambda: x.add_(row), (1, 96 + 24, 96)),
         "chosen rows": (lambda: x.index_select(0, index), (1, 48 + 16, 48)),
-        "rows added": (lambda: x.index_add_(0, index, x[:2]), (1, 48 + 16 + 48, 48)),
+        "rows added": (lambda: x.index_add_(0, index, two), (1, 48 + 16 + 48, 48)),
         "a product": (lambda: x @ x.T, (0, 0, 0)),
     }
     found = {name: _counted(counting, run) for name, (run, _) in expected.items()}
