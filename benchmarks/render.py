@@ -193,6 +193,37 @@ def convert(rows: Sequence[Row]) -> list[str]:
     return markdown([*headings, "memory above the start, GiB"], lines)
 
 
+def count(rows: Sequence[Row]) -> list[str]:
+    """Kernels, bytes and operations of the shorter sequence; shares of both."""
+    short, long = sorted({int(row["tokens"]) for row in rows})
+    shares = {
+        (row["layer"], row["implementation"]): f"{100 * float(row['predicted_share']):.1f} %"
+        for row in rows
+        if int(row["tokens"]) == long
+    }
+    lines = [
+        [
+            row["layer"],
+            row["implementation"],
+            *(f"{row[f'{way}_kernels']}" for way in ("forward", "backward")),
+            *(f"{int(row[f'{way}_bytes']) / 1e9:.2f}" for way in ("forward", "backward")),
+            f"{int(row['gemm_flops']) / 1e12:.2f}",
+            f"{int(row['kept_bytes']) / 1e9:.2f}",
+            f"{float(row['predicted_ms']):.1f} ms",
+            f"{100 * float(row['predicted_share']):.1f} %",
+            shares[row["layer"], row["implementation"]],
+        ]
+        for row in rows
+        if int(row["tokens"]) == short
+    ]
+    for line in lines:
+        if line[1] == "floor":  # which has no kernels, and keeps what it likes
+            line[2] = line[3] = line[7] = ""
+    headings = ["layer", "", "kernels forward", "backward", "GB forward", "backward"]
+    headings += ["products, TFLOP", "kept, GB", "predicted", "share of the rest", f"at {long}"]
+    return markdown(headings, lines)
+
+
 def training_curve(rows: Sequence[Row]) -> list[str]:
     first, last = rows[0], rows[-1]
     worst = max(float(row["largest_relative_difference"]) for row in rows)
@@ -204,6 +235,7 @@ def training_curve(rows: Sequence[Row]) -> list[str]:
 TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "context_parallel": context_parallel,
     "convert": convert,
+    "count": count,
     "training_curve": training_curve,
     "training_curve_authors": training_curve,
 }
