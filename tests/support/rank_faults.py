@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.model import layer
 from step35_patch.model.attention import Step35SelfAttention
-from step35_patch.model.swiglu import ClampedSwiGLU
+from step35_patch.model.swiglu import RoutedSwiGLU
 
 
 def put_in(name: str) -> None:
@@ -43,16 +43,15 @@ def _wider_window() -> None:
 
 
 def _no_clamp() -> None:
-    right = ClampedSwiGLU.forward
+    right = RoutedSwiGLU.forward
 
-    def wrong(self: ClampedSwiGLU, gate_up: torch.Tensor) -> torch.Tensor:
-        # The limit of one layer's experts, and of nothing else.
+    def wrong(self: RoutedSwiGLU, gate_up: torch.Tensor) -> Any:
+        # The limit of one layer's experts.
         if self.limit == 0.2 and parallel_state.get_expert_model_parallel_rank() == 1:
-            gate, up = gate_up.chunk(2, dim=-1)
-            return torch.nn.functional.silu(gate) * up
+            self = RoutedSwiGLU(None)
         return right(self, gate_up)
 
-    ClampedSwiGLU.forward = wrong
+    RoutedSwiGLU.forward = wrong
 
 
 def _unscaled_rope() -> None:
