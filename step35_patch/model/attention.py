@@ -29,7 +29,7 @@ from torch import Tensor
 
 from step35_patch.model.description import LayerConfig
 from step35_patch.model.output_gate import headwise_gate
-from step35_patch.model.rope import rotary_pos_emb
+from step35_patch.model.rope import Rotation, rotary_pos_emb, rotate
 from step35_patch.tensors.qkv import gate_rows, refuse_drift
 from step35_patch.tensors.qkv_layout import QkvLayout
 
@@ -176,7 +176,7 @@ class Step35SelfAttention(SelfAttention):
 
     def _own_rotary_pos_emb(
         self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None
-    ) -> Tensor:
+    ) -> Tensor | Rotation:
         return rotary_pos_emb(
             self.config.step35_layer,
             self.config,
@@ -184,6 +184,25 @@ class Step35SelfAttention(SelfAttention):
             packed_seq_params,
             self.pg_collection.cp,
         )
+
+    def _adjust_key_value_for_inference(
+        self,
+        inference_context: object,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """What Megatron-Core does between projection and rotation; here the rotation as well."""
+        if isinstance(rotary_pos_emb, Rotation):
+            query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
+            rotary_pos_emb = None
+        adjusted: tuple[Any, ...] = super()._adjust_key_value_for_inference(
+            inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
+        )
+        return adjusted
 
     def get_query_key_value_tensors(
         self,

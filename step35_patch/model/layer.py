@@ -25,6 +25,7 @@ from torch import Tensor
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.model.communication import cp_comm_types
 from step35_patch.model.description import LayerConfig, Step35Runtime, runtime_for
+from step35_patch.model.experts import leave_tokens_in_place
 from step35_patch.model.low_precision import low_precision_problems
 from step35_patch.model.mtp import embedding_chunk_problems
 from step35_patch.model.refused_options import Place, refused, without_effect
@@ -181,6 +182,8 @@ class Step35DecoderLayer(TransformerLayer):
             # the other tensor-parallel ranks' out of the gradients' norm.
             for weight in self.mlp.experts.parameters():
                 weight.tensor_model_parallel = True
+        if self.plan.is_moe:
+            leave_tokens_in_place(self.mlp, pg_collection)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As torch's (of `bfloat16`, `to`, ...), but what the router has in fp32 stays in fp32.

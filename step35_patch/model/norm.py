@@ -6,9 +6,12 @@ Transformer Engine, TENorm does both and this module is not used.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class Step35RMSNorm(torch.nn.Module):
@@ -40,9 +43,43 @@ class Step35RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden_size], any floating dtype; returns the same shape and dtype."""
+        if x.is_cpu:
+            normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+            return normed
         gamma = 1.0 + self.weight.float()
         return torch.nn.functional.rms_norm(x.float(), gamma.shape, gamma, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         """What torch prints between the module's brackets."""
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The norm on a CPU, where torch's is made of operations that each keep what they need.
+
+    Kept for backward are x, which is there anyway, and one number a row. On CUDA torch has a kernel
+    that does the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        normed: Tensor = (wide * scale).mul_(1.0 + weight.float()).to(x.dtype)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        # With n = x * scale the normed row and d = gamma * grad its gradient, x has the gradient
+        # scale * (d - n * mean(d * n)). Products of grad and x serve both mean and weight.
+        x, weight, scale = ctx.saved_tensors
+        gamma = 1.0 + weight.float()
+        wide_x, wide = x.float(), grad.float()
+        products = (wide * wide_x).reshape(-1, x.size(-1))
+        mean = (products @ gamma).view_as(scale).mul_(scale.pow(3)).div_(-x.size(-1))
+        grad_x = (wide * gamma).mul_(scale).addcmul_(wide_x, mean)
+        grad_weight = scale.reshape(1, -1) @ products
+        return grad_x.to(x.dtype), grad_weight.view_as(weight).to(weight.dtype), None

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -22,6 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from step35_patch.model.attention import Step35SelfAttention, build_headwise_qkv
 from step35_patch.model.core_attention import Step35DotProductAttention
 from step35_patch.model.description import Step35Runtime
+from step35_patch.model.experts import Step35SequentialMLP
 from step35_patch.model.layer import Step35DecoderLayer
 from step35_patch.model.mtp import Step35MultiTokenPredictionLayer
 from step35_patch.model.norm import Step35RMSNorm
@@ -65,6 +67,19 @@ def _replace_submodules(builder: Any, change: Callable[[Any], Any]) -> Any:
     return functools.partial(builder.func, *builder.args, **keywords)
 
 
+def _experts(builder: Any) -> Any:
+    """The routed experts' builder with their activation, and sequential ones as Step-3.5's."""
+    builder = _with_activation(builder, routed_swiglu)
+    if isinstance(builder, ModuleSpec):
+        is_sequential = builder.module is SequentialMLP
+        return (
+            dataclasses.replace(builder, module=Step35SequentialMLP) if is_sequential else builder
+        )
+    if builder.func is not SequentialMLP:
+        return builder
+    return functools.partial(Step35SequentialMLP, *builder.args, **builder.keywords)
+
+
 def _with_activation(builder: Any, activation: Callable[..., ClampedSwiGLU]) -> Any:
     return _replace_submodules(
         builder, lambda submodules: dataclasses.replace(submodules, activation_func=activation)
@@ -79,7 +94,7 @@ def _mlp(builder: Any) -> Any:
         builder,
         lambda submodules: dataclasses.replace(
             submodules,
-            experts=_with_activation(submodules.experts, routed_swiglu),
+            experts=_experts(submodules.experts),
             shared_experts=_with_activation(submodules.shared_experts, shared_swiglu),
         ),
     )

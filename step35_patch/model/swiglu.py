@@ -42,9 +42,9 @@ def _gradient(grad: Tensor, gate_up: Tensor, limit: float | None) -> Tensor:
     if limit is None:
         by_gate, by_up = grad * up, grad * activated
     else:
-        # As torch's clamp has it, a value on the limit passes its gradient on.
-        by_gate = (grad * up.clamp(min=-limit, max=limit)).masked_fill(activated > limit, 0)
-        by_up = (grad * activated.clamp(max=limit)).masked_fill(up.abs() > limit, 0)
+        # As torch's clamp has it, a value on the limit, which bf16 often meets, passes none on.
+        by_gate = (grad * up.clamp(min=-limit, max=limit)).masked_fill(activated >= limit, 0)
+        by_up = (grad * activated.clamp(max=limit)).masked_fill(up.abs() >= limit, 0)
     return torch.cat([torch.ops.aten.silu_backward(by_gate, gate), by_up], dim=-1)
 
 
@@ -61,6 +61,29 @@ def _weighted_gradients(
 _compiled_swiglu, _compiled_weighted = jit_fuser(_swiglu), jit_fuser(_weighted)
 _compiled_gradient = jit_fuser(_gradient)
 _compiled_weighted_gradients = jit_fuser(_weighted_gradients)
+
+
+def weighted_swiglu(gate_up: Tensor, limit: float | None, weights: Tensor) -> Tensor:
+    """SwiGLU times weights, outside of autograd.
+
+    Args:
+        gate_up: [m, 2 * n], gate before up.
+        limit: of the clamps, or None.
+        weights: [m, 1], in gate_up's dtype or a wider one.
+
+    Returns:
+        [m, n] in gate_up's dtype.
+    """
+    weighted: Tensor = _compiled_weighted(gate_up, limit, weights)
+    return weighted
+
+
+def weighted_swiglu_gradients(
+    grad: Tensor, gate_up: Tensor, limit: float | None, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of gate_up and of weights, given that of `weighted_swiglu`'s result."""
+    gradients: tuple[Tensor, Tensor] = _compiled_weighted_gradients(grad, gate_up, limit, weights)
+    return gradients
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -83,13 +106,12 @@ class _WeightedSwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor, limit: float | None, weights: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up, weights)
         ctx.limit = limit
-        out: Tensor = _compiled_weighted(gate_up, limit, weights)
-        return out
+        return weighted_swiglu(gate_up, limit, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
         gate_up, weights = ctx.saved_tensors
-        by_input, by_weights = _compiled_weighted_gradients(grad, gate_up, ctx.limit, weights)
+        by_input, by_weights = weighted_swiglu_gradients(grad, gate_up, ctx.limit, weights)
         return by_input, None, by_weights
 
 

@@ -333,7 +333,7 @@ def _banded(
         [s - window, g, r, hn].
     """
     rows, _, r, _ = q.shape
-    block = _block_size(window)
+    block = _block_size(window, r, q.device)
     n = -(-rows // block)
     tail = n * block - rows
     if tail:  # later than every real query, so that none sees the keys
@@ -358,16 +358,18 @@ def _banded(
     return by_query[:rows]
 
 
-def _block_size(window: int) -> int:
-    """Queries in a block.
+def _block_size(window: int, heads: int, device: torch.device) -> int:
+    """Queries in a block, of `heads` query heads to a key head.
 
     A query computes block + window scores, so small blocks waste less, but read keys and add up
-    their gradients more often. On a CPU, 64 to 128 was best for a window of 512 (1 to 12 query
-    heads to a key head, heads of 64 and 128, fp32 and bf16), and 32 to 64 for windows of 5 to 128.
-    128 makes the band of the published window 640 keys long, a multiple of 128: with a mask and
-    other lengths, cuDNN's backward pass has returned NaN (pytorch issue 196678).
+    their gradients more often, which many heads share. On a CPU, for a window of 512 and heads of
+    64 and 128, 64 was best from 12 heads on, 128 with few (fp32 and bf16), and 32 to 64 for windows
+    of 5 to 128.
+    On a GPU 128 makes the band of the published window 640 keys long, a multiple of 128: with a
+    mask and other lengths, cuDNN's backward pass has returned NaN (pytorch issue 196678).
     """
-    return min(128, max(32, window // 16 * 8))
+    largest = 64 if device.type == "cpu" and heads >= 12 else 128
+    return min(largest, max(32, window // 16 * 8))
 
 
 def _mask_bands(mask: Tensor, n: int, block: int, window: int) -> Tensor:

@@ -13,10 +13,13 @@ from transformers.models.step3p7.modeling_step3p7 import Step3p7RotaryEmbedding
 
 from step35_patch import Step35Config
 from step35_patch.config import packaged_config_path
-from step35_patch.model.rope import inverse_frequencies, rotary_pos_emb
+from step35_patch.model.rope import Rotation, inverse_frequencies, rotary_pos_emb, rotate
 
 pytestmark = pytest.mark.megatron
 
+from megatron.core.models.common.embeddings.rope_utils import (  # noqa: E402
+    _apply_rotary_pos_emb_bshd,
+)
 from megatron.core.models.common.embeddings.rotary_pos_embedding import (  # noqa: E402
     RotaryEmbedding,
 )
@@ -29,7 +32,11 @@ def group(rank: int, size: int) -> SimpleNamespace:
 
 
 def parallel(**changes) -> SimpleNamespace:
-    defaults = {"sequence_parallel": False, "tensor_model_parallel_size": 1}
+    defaults = {
+        "sequence_parallel": False,
+        "tensor_model_parallel_size": 1,
+        "apply_rope_fusion": False,
+    }
     return SimpleNamespace(**(defaults | changes))
 
 
@@ -79,16 +86,22 @@ def test_context_parallel_ranks_have_their_positions(published, cp_size):
     whole = stock.get_emb(64)
     for rank in range(cp_size):
         hidden = torch.zeros(64 // cp_size, 1, 8)
-        found = rotary_pos_emb(plan, parallel(), hidden, None, group(rank, cp_size))
         chunks = whole.chunk(2 * cp_size)
         expected = torch.cat([chunks[rank], chunks[2 * cp_size - 1 - rank]])
-        torch.testing.assert_close(found, expected if cp_size > 1 else whole, rtol=1e-6, atol=1e-6)
+        expected = expected if cp_size > 1 else whole
+        fused = parallel(apply_rope_fusion=True)
+        found = rotary_pos_emb(plan, fused, hidden, None, group(rank, cp_size))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        found = rotary_pos_emb(plan, parallel(), hidden, None, group(rank, cp_size))
+        # Halves are repeated in the angles.
+        for table, function in ((found.cos, torch.cos), (found.sin, torch.sin)):
+            torch.testing.assert_close(torch.cat([table, table], -1), function(expected))
 
 
 def test_sequence_parallel_ranks_see_the_whole_sequence(published):
     config = parallel(sequence_parallel=True, tensor_model_parallel_size=4)
     found = rotary_pos_emb(published.layers[0], config, torch.zeros(8, 1, 8), None, group(0, 1))
-    assert found.shape == (32, 1, 1, 64)
+    assert found.cos.shape == found.sin.shape == (32, 1, 1, 32)
 
 
 def test_length_that_context_parallelism_cannot_split_is_an_error(published):
@@ -104,6 +117,40 @@ def test_table_is_shared_by_the_layers_of_a_kind(published):
     assert table(0) == table(4) == table(44)
     assert table(1) == table(2) == table(47)
     assert table(0) != table(1)
+
+
+@pytest.mark.parametrize("turned", [24, 12])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_rotation_equals_megatrons(dtype, tolerance, turned):
+    """All channels and half of them; x as it is cut out of linear_qkv's output."""
+    generator = torch.Generator().manual_seed(turned)
+    mixed = torch.randn(2, 17, 3, 40, generator=generator).to(dtype)
+    angles = 9.0 * torch.randn(17, 1, 1, turned // 2, generator=generator)
+    rotation = Rotation(angles.cos(), angles.sin())
+    results = []
+    for turn in (
+        lambda x: rotate(x, rotation),
+        lambda x: _apply_rotary_pos_emb_bshd(x, torch.cat([angles, angles], -1)),
+    ):
+        x = mixed.transpose(0, 1)[..., 8:32].detach().requires_grad_()
+        y = turn(x)
+        y.backward(torch.cos(torch.arange(y.numel()).view(y.shape)).to(dtype))
+        assert y.dtype == dtype
+        results.append((y.detach(), x.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * 4)
+
+
+def test_rotation_keeps_nothing_of_the_heads():
+    rotation = Rotation(torch.rand(17, 1, 1, 4), torch.rand(17, 1, 1, 4))
+    x = torch.randn(17, 1, 3, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = rotate(x, rotation)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in rotation}
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_packed_sequences_equal_separate_ones(tmp_path):
