@@ -134,6 +134,9 @@ def _redirect_tensors() -> None:
 
         return wrapper
 
+    # Such a block knows torch's constructors by identity, from the first time that it sees one.
+    with torch.device("cpu"):
+        torch.empty(0)
     for name in _FACTORIES:
         setattr(torch, name, factory(getattr(torch, name)))
     for name in _TENSOR_FACTORIES:

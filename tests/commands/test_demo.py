@@ -186,6 +186,14 @@ print(x.to(torch.float64).type(), x.type(torch.int32).dtype, x.type("torch.cuda.
     assert lines[-1] == "torch.cuda.DoubleTensor torch.int32 torch.int32"
 
 
+def test_a_device_that_is_set_around_code_counts():
+    code = """
+with torch.device("meta"):
+    print(torch.zeros(2).device, torch.zeros(2, device="cuda").device)
+"""
+    assert in_stand_in(code) == "meta cpu\n"
+
+
 def test_devices_are_redirected_within_backward():
     code = """
 class Double(torch.autograd.Function):
