@@ -12,8 +12,8 @@ Transformer Engine's that `tests/support/te_on_cpu` stands in for. Its rules:
   written, its other tensors are read.
 - A function under torch.compile (Megatron-Core's `jit_fuser`) is split into forward and backward
   by Inductor's own partitioner with its decompositions, which decides what is kept for backward.
-  Each half is one kernel, or as many as COMPILED says: what a pointwise function, with at most
-  one reduction over its rows, becomes.
+  Each half is one kernel: what a pointwise function, with at most one reduction over its rows,
+  becomes.
 - Matrix products and attention are counted apart: kernels and operations, no bytes.
 
 Not counted: transfers between host and GPU, what the allocator does, NCCL. Small tensors that
@@ -64,8 +64,6 @@ TE_KERNELS = {
     "fused_attn_bwd": 3,
     "get_fused_attn_backend": 0,
 }
-# Halves of compiled functions that Inductor makes more than one kernel of.
-COMPILED: dict[str, int] = {}
 
 _EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
 # Take only the shape of what they are given.
@@ -297,7 +295,7 @@ class Counter:
         reads = tensors_of(inputs)
         known = {storage(x) for x in reads}
         fresh = [x for x in tensors_of(out) if storage(x) not in known]
-        self.add(name, COMPILED.get(name, 1), reads, fresh)
+        self.add(name, 1, reads, fresh)
         return out
 
 
