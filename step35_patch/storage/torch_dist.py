@@ -420,11 +420,20 @@ def save_record(tensor: Tensor, file: SummedFile) -> None:
     Args:
         tensor: Contiguous; its storage may be larger, of which torch.save would write all.
         file: What it is appended to.
+
+    Raises:
+        OSError: `file` could not be written to.
     """
     size = tensor.numel() * tensor.element_size()
     if tensor.untyped_storage().nbytes() != size:
         tensor = tensor.clone()
-    torch.save(tensor, file)  # type: ignore[arg-type]  # it only writes and flushes
+    try:
+        torch.save(tensor, file)  # type: ignore[arg-type]  # it only writes and flushes
+    except RuntimeError as error:
+        # torch ends its archive where a write has failed, too, and complains of the archive.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -12,8 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from support.conversion_runs import STOP, assert_refused, at_change
 from support.conversion_world import FEW, MANY, ONE, Direction, finished_files, tree
+
+from step35_patch.storage.staging import SummedFile
+from step35_patch.storage.torch_dist import save_record
 
 
 @contextlib.contextmanager
@@ -68,6 +73,26 @@ def test_disk_that_runs_full(direction, tmp_path, number):
         assert ended.status == 0, ended.text
         assert (f"going on: {finished} of" in ended.text) == (finished > 0)
         direction.assert_whole(out)
+
+
+@pytest.mark.parametrize("bytes_left", [0, 100, 700])
+def test_disk_that_runs_full_within_a_record(bytes_left):
+    """torch, which then ends its archive all the same, complains of that."""
+
+    class FullDisk:
+        left = bytes_left
+
+        def write(self, data):
+            self.left -= len(bytes(data))
+            if self.left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return len(bytes(data))
+
+        def flush(self):
+            pass
+
+    with pytest.raises(OSError, match="No space left"):
+        save_record(torch.ones(100), SummedFile(FullDisk()))
 
 
 def _changes(direction: Direction, tmp_path: Path) -> int:

@@ -74,6 +74,16 @@ def _uncentred_norm(self, x):
     return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def _routed_clamp_before_silu(gate_up, limit, weights):
+    return _clamp_before_silu(ClampedSwiGLU(limit), gate_up) * weights
+
+
+# Where routed experts are clamped: on torch, in the function that is all of them.
+ROUTED_CLAMP = (
+    (RoutedSwiGLU, "forward", _clamp_before_silu)
+    if ON_TRANSFORMER_ENGINE
+    else ("step35_patch.model.experts", "weighted_swiglu", _routed_clamp_before_silu)
+)
 # Where the norm is computed: in Transformer Engine's kernel, which is told that it is centred.
 UNCENTRED_NORM = (
     ("support.te_on_cpu.norms", "_gamma", lambda weight, zero_centered: weight.float())
@@ -123,7 +133,7 @@ _output_layer_of_the_model = staticmethod(lambda output_layer: output_layer)
 # Where our side computes something else: (object, attribute, what is put there).
 WRONG_CODE = {
     "clamp before silu": (ClampedSwiGLU, "forward", _clamp_before_silu),
-    "clamp before silu in routed experts": (RoutedSwiGLU, "forward", _clamp_before_silu),
+    "clamp before silu in routed experts": ROUTED_CLAMP,
     "gate clamped from below": (ClampedSwiGLU, "forward", _clamp_gate_below_too),
     "uncentred norm": UNCENTRED_NORM,
     "gate without sigmoid": (

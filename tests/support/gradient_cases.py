@@ -66,6 +66,8 @@ class Case:
         gathered: whether the model returns the logits of the whole vocabulary.
         samples: each a micro-batch; under data parallelism each rank has its part of them.
         documents: none, "packed", in padded "slots", or "aligned", as long as those slots.
+        tokens: a seed of those without documents. Another one where an activation would come within
+            2e-6 of its clamp, on whose edge a gradient is there or not by rounding.
         balancing: with both balancing losses and updates of the router's bias.
         embedding_ranks: whether Megatron-Core is told which stages have an embedding.
         decoupled_lr: of embedding and output matrices; none by default.
@@ -83,6 +85,7 @@ class Case:
     gathered: bool = False
     samples: int = 4
     documents: str = ""
+    tokens: int = 0
     balancing: bool = False
     distributed_optimizer: bool = False
     overlap: bool = False
@@ -112,6 +115,7 @@ class Case:
             own_loss=self.own_loss,
             samples=self.samples,
             documents="packed" if self.documents == "slots" else self.documents,
+            tokens=self.tokens,
             balancing=self.balancing,
             decoupled_lr=self.decoupled_lr,
         )
@@ -145,7 +149,7 @@ def _cases() -> dict[str, Case]:
     add("virtual pipeline", "8 micro-batches, prompts masked", mask="prompts", samples=8)
     add("context parallel", "per token", per_token=True)
     for layout in ("context parallel", "tp2 and cp2"):
-        add(layout, "prompts masked, per token", **sft)
+        add(layout, "prompts masked, per token", **sft, tokens=500)
     for eighths in (1, 3):
         mask = f"all but the last {eighths}/8"
         add("context parallel", f"{mask} masked, per token", per_token=True, mask=mask)

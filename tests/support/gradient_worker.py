@@ -240,7 +240,7 @@ class Run:
         return [
             _packed(sample, documents, mask)
             if documents
-            else _plain(sample, samples, mask, self.provider.vocab_size)
+            else _plain(sample, samples, mask, self.provider.vocab_size, self.spec["tokens"])
             for sample in own[: samples // ranks]
         ]
 
@@ -293,8 +293,8 @@ def _tokens(seed: int, length: int, vocabulary: int = 256) -> tuple[torch.Tensor
     return tokens[:-1], tokens[1:]
 
 
-def _plain(sample: int, samples: int, mask: str, vocabulary: int) -> dict[str, Any]:
-    tokens, labels = _tokens(sample, LENGTH, vocabulary)
+def _plain(sample: int, samples: int, mask: str, vocabulary: int, seed: int) -> dict[str, Any]:
+    tokens, labels = _tokens(seed + sample, LENGTH, vocabulary)
     counted = torch.ones(LENGTH)
     if mask == "prompts":
         counted[: 5 + 9 * sample % (LENGTH - 8)] = 0
