@@ -51,7 +51,6 @@ def _largest_difference(found, wanted) -> float:
     return max((found[name] - wanted[name]).abs().max().item() for name in wanted)
 
 
-@pytest.mark.megatron
 @pytest.mark.parametrize("recipe", [ADAM, AUTHORS], ids=["adam", "authors"])
 def test_gate_layouts_train_alike(tmp_path, recipe):
     """20 steps with clipping and weight decay leave the same weights, and rows still tied."""
