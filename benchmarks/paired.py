@@ -296,7 +296,7 @@ class Measured:
                     for key in counts:
                         row[f"{key}_over_previous"] = (
                             f"{_largest(done, key) / _largest(before, key):.2f}"
-                            if done and before
+                            if done and before and _largest(before, key)
                             else ""
                         )
                 rows.append(row)

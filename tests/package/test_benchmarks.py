@@ -109,6 +109,14 @@ def test_what_runs_out_of_memory_once_has_no_numbers(measured):
     assert theirs["total_ms_p50"] == theirs["over_ours_p50"] == theirs["peak_mib"] == ""
 
 
+def test_what_takes_no_memory_has_no_growth_of_it(measured):
+    for number in (0, 1):
+        fill(measured, times(1), [{"total_s": 1.0, "peak_mib": 0.0}], number)
+    *_, theirs = measured.rows()
+    assert theirs["peak_mib"] == "0"
+    assert theirs["peak_mib_over_previous"] == ""
+
+
 @pytest.mark.parametrize(("apart", "wrong"), [(5e-5, False), (5e-4, True)])
 def test_implementations_that_disagree_are_no_result(measured, apart, wrong):
     theirs = times(1)
