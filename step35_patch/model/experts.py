@@ -131,15 +131,12 @@ class Step35SequentialMLP(SequentialMLP):
         )
 
 
-def leave_tokens_in_place(moe_layer: Any, groups: ProcessGroupCollection) -> bool:
+def leave_tokens_in_place(moe_layer: Any, groups: ProcessGroupCollection) -> None:
     """Let a MoELayer's experts read tokens where they are, if this process has them whole.
 
     Args:
         moe_layer: Megatron-Core's MoELayer.
         groups: its process groups, `ep` and `expt_tp` among them.
-
-    Returns:
-        Whether it does so from now on.
     """
     experts, config = moe_layer.experts, moe_layer.config
     if (
@@ -157,7 +154,7 @@ def leave_tokens_in_place(moe_layer: Any, groups: ProcessGroupCollection) -> boo
             for expert in experts.local_experts
         )
     ):
-        return False
+        return
     moe_layer.token_dispatcher = WholeTokenDispatcher(
         experts,
         moe_layer.num_local_experts,
@@ -165,7 +162,6 @@ def leave_tokens_in_place(moe_layer: Any, groups: ProcessGroupCollection) -> boo
         config=config,
         pg_collection=groups,
     )
-    return True
 
 
 def routed_experts(

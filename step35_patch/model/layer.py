@@ -177,13 +177,14 @@ class Step35DecoderLayer(TransformerLayer):
                 f"there, the spec builds {type(self.mlp).__name__}; check moe_layer_freq against "
                 "moe_layers_enum"
             )
-        if self.plan.is_moe and config.expert_tensor_parallel_size > 1:
+        if not self.plan.is_moe:
+            return
+        if config.expert_tensor_parallel_size > 1:
             # Megatron-Core before 0.19 does not say so of Transformer Engine's experts, and leaves
             # the other tensor-parallel ranks' out of the gradients' norm.
             for weight in self.mlp.experts.parameters():
                 weight.tensor_model_parallel = True
-        if self.plan.is_moe:
-            leave_tokens_in_place(self.mlp, pg_collection)
+        leave_tokens_in_place(self.mlp, pg_collection)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As torch's (of `bfloat16`, `to`, ...), but what the router has in fp32 stays in fp32.

@@ -34,6 +34,13 @@ OUTPUT_LAYERS = "mtp_output_layers"
 _WITH_EMBEDDING = {LayerType.embedding, LayerType.mtp}
 # Where process_mtp_loss, which sees only the model's output layer, finds them.
 _LINK = "step35_mtp_output_layers"
+# Whether full recomputation of an MTP layer takes what 0.18 and later hand it.
+_RECOMPUTES_WITH_PADDING_MASK = any(
+    parameter.name == "padding_mask" or parameter.kind == parameter.VAR_KEYWORD
+    for parameter in inspect.signature(
+        MultiTokenPredictionLayer._checkpointed_forward
+    ).parameters.values()
+)
 
 
 class ModelWithOutputLayer(Protocol):
@@ -211,16 +218,13 @@ class Step35MultiTokenPredictionLayer(MultiTokenPredictionLayer):
     """
 
     def _checkpointed_forward(self, *args: Any, **kwargs: Any) -> Any:
-        forward = super()._checkpointed_forward
-        known = inspect.signature(forward).parameters.values()
-        lacks_it = not any(p.name == "padding_mask" or p.kind == p.VAR_KEYWORD for p in known)
-        if lacks_it and kwargs.pop("padding_mask", None) is not None:
+        if not _RECOMPUTES_WITH_PADDING_MASK and kwargs.pop("padding_mask", None) is not None:
             raise ValueError(
                 "padding_mask: expected None, found a mask, which this Megatron-Core cannot hand "
                 "to MTP layers that are recomputed; leave it out, set recompute_granularity to "
                 "selective, or install megatron-core 0.19"
             )
-        return forward(*args, **kwargs)
+        return super()._checkpointed_forward(*args, **kwargs)
 
     def _get_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         roll = super()._get_embeddings

@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from support import te_on_cpu
-from support.ours import build, published_gradients
-from support.parity import GRADIENT, LOSS, compare, relative
+from support.ours import build
+from support.parity import LOSS, compare, compare_gradients, total_loss
 from support.reference import (
     WINDOW,
     Reference,
@@ -103,22 +103,11 @@ def test_weight_gradients_are_added_to_those_of_before(case, grouped):
         positions = torch.arange(2 * WINDOW).expand_as(input_ids)
         model(input_ids, positions, None, labels=labels).mean().backward()
         _, loss, mtp_losses = reference.losses(input_ids, labels)
-        (loss + _mtp_scale(model) * sum(mtp_losses)).backward()
+        total_loss(model, loss, mtp_losses).backward()
     assert len(fused) > 2 * 6 * 4
     for parameter in model.parameters():
         parameter.grad = parameter.main_grad
-    _gradients_agree(model, reference)
-
-
-def _mtp_scale(model) -> float:
-    return model.config.mtp_loss_scaling_factor / model.config.mtp_num_layers
-
-
-def _gradients_agree(model, reference: Reference) -> None:
-    found, expected = published_gradients(model), reference.gradients()
-    assert set(found) == set(expected)
-    off = {name: relative(found[name], expected[name]) for name in expected}
-    assert max(off.values()) < GRADIENT, sorted(off.items(), key=lambda item: -item[1])[:5]
+    compare_gradients(model, reference)
 
 
 @pytest.mark.parametrize("fused_rope", [False, True])
@@ -149,8 +138,8 @@ def test_packed_documents_do_not_see_each_other(case, fused_rope):
         for k, mtp_loss in enumerate(mtp_losses):
             mtp_totals[k] += mtp_loss * (length - 1 - k)
     counts = [sum(lengths) - len(lengths) * (k + 1) for k in range(2)]
-    mtp_loss = sum(total / count for total, count in zip(mtp_totals, counts, strict=True))
+    mtp_losses = [total / count for total, count in zip(mtp_totals, counts, strict=True)]
     loss = total / sum(lengths)
-    (loss + _mtp_scale(model) * mtp_loss).backward()
+    total_loss(model, loss, mtp_losses).backward()
     assert abs(losses.mean().item() / loss.item() - 1) < LOSS
-    _gradients_agree(model, reference)
+    compare_gradients(model, reference)

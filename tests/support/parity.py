@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from support.ours import published_gradients, run
@@ -96,11 +98,21 @@ def compare(model, reference: Reference, seed: int, length: int, batch: int = 2)
     assert abs(losses.mean().item() / loss.item() - 1) < LOSS, "loss"
 
     losses.mean().backward()
-    total = loss
-    if mtp_losses:
-        scale = model.config.mtp_loss_scaling_factor / model.config.mtp_num_layers
-        total = loss + scale * sum(mtp_losses)
-    total.backward()
+    total_loss(model, loss, mtp_losses).backward()
+    compare_gradients(model, reference)
+
+
+def total_loss(model, loss: torch.Tensor, mtp_losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What a model trains on, of the reference's losses."""
+    if not mtp_losses:
+        return loss
+    return loss + model.config.mtp_loss_scaling_factor / model.config.mtp_num_layers * sum(
+        mtp_losses
+    )
+
+
+def compare_gradients(model, reference: Reference) -> None:
+    """Assert that all gradients agree, in the published names."""
     found, expected = published_gradients(model), reference.gradients()
     assert set(found) == set(expected)
     # Where the reference's gradient is zero (q and k of a one-key window), ours is rounding.
