@@ -5,6 +5,9 @@ On its own Python, its kernels stood in for; test_parity.py has the features of 
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from support import te_on_cpu
@@ -33,42 +36,67 @@ def _selective(*modules: str) -> dict:
     return {"recompute_granularity": "selective", "recompute_modules": [*modules]}
 
 
-# What is asked for, and kernels that must have run for it.
+class Mode(NamedTuple):
+    """Options, kernels that have to run for them, and one that has to run more often than without.
+
+    (What of attention is computed again here is torch's.)
+    """
+
+    options: dict[str, Any]
+    run: tuple[str, ...] = ()
+    repeated: str = ""
+
+
 MODES = {
-    "sequential experts": ({"moe_grouped_gemm": False}, ["generic_gemm"]),
-    "grouped experts, expanded gate": ({"gate_layout": "expanded"}, ["te_general_grouped_gemm"]),
-    "fused RoPE": ({"apply_rope_fusion": True}, ["fused_rope_forward", "fused_rope_backward"]),
-    "fused router": (
+    "sequential experts": Mode({"moe_grouped_gemm": False}, repeated="generic_gemm"),
+    "grouped experts, expanded gate": Mode(
+        {"gate_layout": "expanded"}, ("te_general_grouped_gemm",)
+    ),
+    "fused RoPE": Mode({"apply_rope_fusion": True}, ("fused_rope_forward", "fused_rope_backward")),
+    "fused router": Mode(
         {"moe_router_fusion": True},
-        ["fused_topk_with_score_function_fwd", "fused_topk_with_score_function_bwd"],
+        ("fused_topk_with_score_function_fwd", "fused_topk_with_score_function_bwd"),
     ),
-    "alltoall dispatcher": ({"moe_token_dispatcher_type": "alltoall"}, []),
-    "overlapped shared expert": (
-        {"moe_token_dispatcher_type": "alltoall", "moe_shared_expert_overlap": True},
-        [],
+    "alltoall dispatcher": Mode({"moe_token_dispatcher_type": "alltoall"}),
+    "overlapped shared expert": Mode(
+        {"moe_token_dispatcher_type": "alltoall", "moe_shared_expert_overlap": True}
     ),
-    "everything recomputed": (
+    "everything recomputed": Mode(
         {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         },
-        [],
+        repeated="rmsnorm_fwd",
     ),
-    "attention recomputed": (_selective("core_attn"), []),
-    "activation and norms recomputed": (_selective("core_attn", "moe_act", "layernorm"), []),
-    "MLP and MoE recomputed": (_selective("mlp", "moe"), []),
-    "shared expert recomputed": (_selective("shared_experts"), []),
+    "attention recomputed": Mode(_selective("core_attn")),
+    "activation and norms recomputed": Mode(
+        _selective("core_attn", "moe_act", "layernorm"), repeated="rmsnorm_fwd"
+    ),
+    "MLP and MoE recomputed": Mode(_selective("mlp", "moe"), repeated="te_general_grouped_gemm"),
+    "shared expert recomputed": Mode(_selective("shared_experts"), repeated="generic_gemm"),
 }
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_mode(case, name):
+def _calls_of_comparing(case, **options) -> Counter[str]:
     config, weights, folder = case
-    options, kernels = MODES[name]
     te_on_cpu.calls.clear()
     compare(build(folder, **options), Reference(config, weights), seed=21, length=3 * WINDOW)
-    assert {"rmsnorm_fwd", "rmsnorm_bwd", "generic_gemm", *kernels} <= te_on_cpu.calls.keys()
+    return te_on_cpu.calls.copy()
+
+
+@pytest.fixture(scope="module")
+def calls_without(case):
+    return _calls_of_comparing(case)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_mode(case, calls_without, name):
+    mode = MODES[name]
+    calls = _calls_of_comparing(case, **mode.options)
+    assert {"rmsnorm_fwd", "rmsnorm_bwd", "generic_gemm", *mode.run} <= calls.keys()
+    if mode.repeated:
+        assert calls[mode.repeated] > calls_without[mode.repeated]
 
 
 def test_fused_permutation(case):
