@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import LayerType
@@ -28,12 +29,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# The attribute of GPTModel, and so the prefix of the matrices in Megatron checkpoints.
-OUTPUT_LAYERS = "mtp_output_layers"
+# The attribute of GPTModel that the matrices are. Not "layers": Megatron-Bridge takes what stands
+# behind "layers." in a parameter's name for the number of a decoder layer.
+OUTPUT_HEADS = "mtp_output_heads"
+# What a Megatron checkpoint has them under, which is older.
+_CHECKPOINT_PREFIX = "mtp_output_layers."
 # Layers with which a model chunk has the embedding or a copy of it.
 _WITH_EMBEDDING = {LayerType.embedding, LayerType.mtp}
 # Where process_mtp_loss, which sees only the model's output layer, finds them.
-_LINK = "step35_mtp_output_layers"
+_LINK = "step35_mtp_output_heads"
 # Whether full recomputation of an MTP layer takes what 0.18 and later hand it.
 _RECOMPUTES_WITH_PADDING_MASK = any(
     parameter.name == "padding_mask" or parameter.kind == parameter.VAR_KEYWORD
@@ -50,9 +54,10 @@ class ModelWithOutputLayer(Protocol):
     vocab_size: int
     pg_collection: ProcessGroupCollection
     output_layer: torch.nn.Module
+    register_load_state_dict_pre_hook: Callable[[Callable[..., None]], Any]
 
 
-class MtpOutputLayers(MegatronModule):
+class MtpOutputHeads(MegatronModule):
     """One vocabulary-parallel output matrix for each MTP layer, children "0", "1", ...
 
     Args:
@@ -88,7 +93,17 @@ class MtpOutputLayers(MegatronModule):
         for key, tensor in sharded.items():
             if key.endswith(".weight"):
                 tensor.allow_shape_mismatch = True
+        older = prefix.removesuffix(f"{OUTPUT_HEADS}.") + _CHECKPOINT_PREFIX
+        replace_prefix_for_sharding(sharded, prefix, older)
         return sharded
+
+
+def _by_older_names(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Let a model's state dict have the matrices by a checkpoint's names (--ckpt-format torch)."""
+    older = prefix + _CHECKPOINT_PREFIX
+    for name in [name for name in state_dict if name.startswith(older)]:
+        newer = f"{prefix}{OUTPUT_HEADS}.{name.removeprefix(older)}"
+        state_dict[newer] = state_dict.pop(name)
 
 
 class OutputLayerByDepth:
@@ -313,15 +328,16 @@ def mark_embedding(model: Any) -> None:
         model.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
 
 
-def add_output_layers(model: ModelWithOutputLayer) -> None:
-    """Give a GPTModel with an output layer and MTP layers its `mtp_output_layers`."""
-    layers = MtpOutputLayers(model)
-    setattr(model, OUTPUT_LAYERS, layers)
+def add_output_heads(model: ModelWithOutputLayer) -> None:
+    """Give a GPTModel with an output layer and MTP layers its `mtp_output_heads`."""
+    heads = MtpOutputHeads(model)
+    setattr(model, OUTPUT_HEADS, heads)
+    model.register_load_state_dict_pre_hook(_by_older_names)
     # A tuple, so that torch does not register the matrices a second time.
-    setattr(model.output_layer, _LINK, tuple(layers.children()))
+    setattr(model.output_layer, _LINK, tuple(heads.children()))
 
 
-def has_output_layers(output_layer: torch.nn.Module) -> bool:
+def has_output_heads(output_layer: torch.nn.Module) -> bool:
     """Whether a model's output layer is a Step-3.5 model's with MTP layers."""
     return hasattr(output_layer, _LINK)
 

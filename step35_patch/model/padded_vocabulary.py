@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from step35_patch.model.description import Step35Runtime
-from step35_patch.model.mtp import OUTPUT_LAYERS, ModelWithOutputLayer
+from step35_patch.model.mtp import OUTPUT_HEADS, ModelWithOutputLayer
 
 # What a module's forward hook returns instead of its output: (logits, bias).
 type _Output = tuple[Tensor, Tensor | None]
@@ -47,7 +47,7 @@ def mask_padded_columns(model: ModelWithOutputLayer, runtime: Step35Runtime) -> 
     part = whole // group.size()
     own = min(max(columns - group.rank() * part, 0), part)
     mask = functools.partial(_mask, columns={whole: columns, part: own})
-    for matrix in (layer, *getattr(model, OUTPUT_LAYERS, torch.nn.Module()).children()):
+    for matrix in (layer, *getattr(model, OUTPUT_HEADS, torch.nn.Module()).children()):
         matrix.register_forward_hook(mask)
 
 

@@ -125,7 +125,7 @@ def gpt_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) 
     # What it is, whatever becomes of the config that it was built from.
     instance.step35 = runtime
     if instance.post_process and instance.config.mtp_num_layers:
-        mtp.add_output_layers(instance)
+        mtp.add_output_heads(instance)
     mask_padded_columns(instance, runtime)
     split_for_losses(instance)
     mtp.mark_embedding(instance)
@@ -196,7 +196,7 @@ def process_mtp_loss(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     """The MTP losses, each from its own output matrix, as means over the tokens of all ranks."""
     call = _bind(wrapped, args, kwargs)
     output_layer = call["output_layer"]
-    if not mtp.has_output_layers(output_layer) and runtime_for(call["config"]) is None:
+    if not mtp.has_output_heads(output_layer) and runtime_for(call["config"]) is None:
         return wrapped(*args, **kwargs)
     call["output_layer"] = mtp.by_depth(output_layer)
     call["runtime_gather_output"] = False  # nobody sees these logits but the loss

@@ -92,7 +92,8 @@ class Row:
         cut: How tensor parallelism divides it.
         layer: The plan of its layer, or None.
         local_path: Where a live model has it if not at `path`: Transformer Engine keeps a norm in
-            the linear layer behind it, the local implementation has a module of its own.
+            the linear layer behind it, the local implementation has a module of its own; and the
+            MTP layers' output matrices are under an older name in checkpoints.
         qkv: How the rows of a linear_qkv stand; None for others.
         is_vocabulary: Whether its rows are the vocabulary, which Megatron-Core may pad.
         is_expert: Whether its first dimension is the routed experts.
@@ -199,13 +200,19 @@ def mtp_head(plan: LayerPlan) -> str:
     return f"model.layers.{plan.index}.{_MTP_HEAD}.weight"
 
 
-def _vocabulary(path: str, published: Published, layer: LayerPlan | None = None) -> Row:
+def _vocabulary(
+    path: str,
+    published: Published,
+    layer: LayerPlan | None = None,
+    local_path: str | None = None,
+) -> Row:
     return Row(
         prefix="",
         path=path,
         published=(published,),
         cut=Cut.ROWS,
         layer=layer,
+        local_path=local_path,
         is_vocabulary=True,
         # The MTP layers' output matrices are modules of this package's, which have one.
         has_extra_state=layer is not None,
@@ -256,7 +263,8 @@ class _Layer:
         yield self._mtp("final_layernorm.weight", norm, (hidden,))
         output = self._published(_MTP_HEAD, self.config.vocab_size, hidden)
         depth = self.plan.index - self.config.num_hidden_layers
-        yield _vocabulary(f"mtp_output_layers.{depth}.weight", output, self.plan)
+        path, live = (f"mtp_output_{word}.{depth}.weight" for word in ("layers", "heads"))
+        yield _vocabulary(path, output, self.plan, local_path=live)
 
     def _published(self, name: str, *shape: int, is_fp32: bool = False) -> Published:
         suffix = "" if is_fp32 else ".weight"  # a router's bias is no weight

@@ -216,7 +216,7 @@ def test_broken_folder_is_an_error(case, harm):
 def test_mtp_layers_that_are_not_trained_are_kept(case, tmp_path, trained):
     _, weights, folder = case
     model = build(folder, mtp_num_layers=trained)
-    assert len(getattr(model, "mtp_output_layers", torch.nn.Module())._modules) == (trained or 0)
+    assert len(getattr(model, "mtp_output_heads", torch.nn.Module())._modules) == (trained or 0)
     with pytest.raises(ValueError, match=r"mtp_from: the model has . of the config's 2 MTP layers"):
         save_hf_weights(model, tmp_path / "out")
     with torch.no_grad():

@@ -105,7 +105,7 @@ def test_other_model_is_built_as_before(active):
     assert repr(spec) == repr(stock)
     model = gpt_model(config, spec)
     assert {type(layer) for layer in model.decoder.layers} == {TransformerLayer}
-    assert not hasattr(model, "mtp_output_layers")
+    assert not hasattr(model, "mtp_output_heads")
     assert model.position_embedding_type == "rope"
 
 

@@ -64,7 +64,7 @@ def test_output_matrices_are_not_muons(folder):
     """If somebody marks them as what they are not, Muon would orthogonalize a vocabulary."""
     pytest.importorskip("emerging_optimizers")
     model = build(folder)
-    for parameter in model.mtp_output_layers.parameters():
+    for parameter in model.mtp_output_heads.parameters():
         parameter.is_embedding_or_output_parameter = False
     with pytest.raises(RuntimeError, match=r"Muon has a parameter \[96, 32\] that is no published"):
         optimizer_of(model)

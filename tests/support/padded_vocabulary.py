@@ -16,7 +16,7 @@ from support.parity import LOGITS, LOSS, relative
 
 def matrices(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The output layer, and the MTP layers' output matrices."""
-    return [model.output_layer, *model.mtp_output_layers.children()]
+    return [model.output_layer, *model.mtp_output_heads.children()]
 
 
 def build_padded(hf_dir: Path, size: int, **overrides: Any) -> torch.nn.Module:
