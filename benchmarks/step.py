@@ -134,7 +134,7 @@ def kept_mib(loss: Callable[[], torch.Tensor], model: torch.nn.Module) -> float:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()  # holding it keeps its address from being used again
         storages[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # an output that kept itself would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss()
