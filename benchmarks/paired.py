@@ -26,6 +26,7 @@ import argparse
 import csv
 import ctypes
 import datetime
+import gc
 import importlib.metadata
 import json
 import logging
@@ -174,6 +175,9 @@ def _work(benchmark: Benchmark, implementation: str, memory_gib: float) -> None:
             if "can't allocate memory" not in str(error):
                 raise
             result = {"out_of_memory": True}
+        if "out_of_memory" in result:  # the other processes need what this one still holds
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
         print(json.dumps(result), file=answers, flush=True)
 
 
