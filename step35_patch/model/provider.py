@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any
+from typing import Any, Self
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import gpt_layer_specs
@@ -85,7 +85,7 @@ class Step35ModelProvider(TransformerConfig):
     hf_config: Step35Config | None = None
 
     @classmethod
-    def from_hf(cls, path: str | PathLike[str], **overrides: Any) -> Step35ModelProvider:
+    def from_hf(cls, path: str | PathLike[str], **overrides: Any) -> Self:
         """The provider of a Hugging Face config.
 
         Args:
@@ -97,7 +97,11 @@ class Step35ModelProvider(TransformerConfig):
         Raises:
             Step35ConfigError: the file is not a legal Step-3.5 config.
         """
-        config = Step35Config.from_pretrained(path)
+        return cls.of(Step35Config.from_pretrained(path), **overrides)
+
+    @classmethod
+    def of(cls, config: Step35Config, **overrides: Any) -> Self:
+        """The provider of a config that is read already; overrides are as for `from_hf`."""
         return cls(
             hf_config=config,
             **{
