@@ -45,6 +45,9 @@ _MODULE_OF = {
     "Step35ModelProvider": "step35_patch.model.provider",
 }
 
+# Whoever uses Megatron-Bridge gets this package's model from it without another import.
+_FOLLOWERS = {"megatron.bridge.models": "step35_patch.bridge"}
+
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
@@ -58,4 +61,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-activate_on_import()
+activate_on_import(_FOLLOWERS)

@@ -43,6 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("costs", "checkpoint", "arguments"),
     ("verify", "patch"),
     ("convert",),
+    ("bridge",),
     ("commands",),
     ("cli",),
     ("__main__", "__init__"),

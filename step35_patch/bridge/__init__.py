@@ -6,8 +6,8 @@
     bridge = AutoBridge.from_hf_pretrained("/models/Step-3.5-Flash", trust_remote_code=True)
     provider = bridge.to_megatron_provider()        # a Step35BridgeProvider
 
-Where the package is active and has a config, the import of Megatron-Bridge does it by itself
-(`step35_patch.patch.bridge_import`). It needs the extra `bridge`.
+Where the package is active and has a config, the import of Megatron-Bridge does it by itself. It
+needs the extra `bridge`.
 """
 
 from step35_patch.bridge.conversion import Step35Bridge

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from megatron.bridge.models.conversion.mapping_registry import MegatronMappingRegistry
 from megatron.bridge.models.conversion.model_bridge import MegatronModelBridge
 from megatron.bridge.models.conversion.utils import unwrap_model
@@ -24,14 +23,14 @@ from step35_patch.tensors.table import tensor_table
 ARCHITECTURES = ("Step3p5ForCausalLM", "Step3p7ForCausalLM")
 
 
-class Step35Bridge(MegatronModelBridge):  # type: ignore[misc]
+class Step35Bridge(MegatronModelBridge):
     """Between the published layout of Step-3.5 and this package's GPTModel.
 
     The gate layout, the window and the padded logits are those that the process was asked for
     (`step35_patch.activate`), and may be changed on the provider.
     """
 
-    # What saves a folder writes the config as the class has it that read it; this is copied over it.
+    # Copied over the config that Megatron-Bridge saves, which is as the class has it that read it.
     ADDITIONAL_FILE_PATTERNS = (CONFIG_NAME,)
 
     _runtime: Step35Runtime | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from megatron.bridge.models.conversion.param_mapping import (
@@ -81,7 +80,7 @@ def _mapping(row: Row, name: str) -> MegatronParamMapping:
     return _PARALLEL[row.cut](name, published[0])
 
 
-class VocabularyMapping(ColumnParallelMapping):  # type: ignore[misc]
+class VocabularyMapping(ColumnParallelMapping):
     """A matrix by vocabulary rows: padded with zeros for the model, without padding for the file.
 
     Args:
@@ -96,7 +95,7 @@ class VocabularyMapping(ColumnParallelMapping):  # type: ignore[misc]
 
     def hf_to_megatron(self, hf_weights: Tensor, megatron_module: torch.nn.Module) -> Tensor:
         """hf_weights: [vocabulary, h]; returns this rank's rows."""
-        padded: int = megatron_module.weight.shape[0] * self.tp_size
+        padded = megatron_module.get_parameter("weight").shape[0] * self.tp_size
         whole = hf_weights.new_zeros(padded, hf_weights.shape[1])
         whole[: self.rows] = hf_weights
         own: Tensor = super().hf_to_megatron(whole, megatron_module)
@@ -128,9 +127,8 @@ class _Qkv:
         self, hf_weights: dict[str, Tensor], megatron_module: torch.nn.Module
     ) -> Tensor:
         """hf_weights: q, k, v and perhaps g, whole; returns this rank's rows of linear_qkv."""
-        q, g, k, v = (hf_weights.get(letter) for letter in "qgkv")
-        assert q is not None and k is not None and v is not None
-        packed = join_rows(q, g, k, v, self.layout)
+        q, k, v = (hf_weights[letter] for letter in "qkv")
+        packed = join_rows(q, hf_weights.get("g"), k, v, self.layout)
         own: Tensor = self._tp_mapping.hf_to_megatron(packed, megatron_module)
         return own
 
@@ -147,16 +145,14 @@ class _Qkv:
         (whole,) = packed.values()
         q, g, k, v = split_rows(whole, self.layout)
         parts = {"q": q, "k": k, "v": v, "g": g}
-        return {
-            self.hf_param[letter]: part for letter, part in parts.items() if part is not None
-        }
+        return {self.hf_param[letter]: part for letter, part in parts.items() if part is not None}
 
     def resolve(self, captures: tuple[str, ...]) -> _Qkv:
         """Its name has no wildcard."""
         return self
 
 
-class Step35QKVGMapping(_Qkv, QKVGMapping):  # type: ignore[misc]
+class Step35QKVGMapping(_Qkv, QKVGMapping):
     """linear_qkv with a gate.
 
     Args:
@@ -171,7 +167,7 @@ class Step35QKVGMapping(_Qkv, QKVGMapping):  # type: ignore[misc]
         self._tp_mapping = ColumnParallelMapping(megatron_param, megatron_param)
 
 
-class Step35QKVMapping(_Qkv, QKVMapping):  # type: ignore[misc]
+class Step35QKVMapping(_Qkv, QKVMapping):
     """linear_qkv without a gate.
 
     Args:
@@ -186,7 +182,7 @@ class Step35QKVMapping(_Qkv, QKVMapping):  # type: ignore[misc]
         self._tp_mapping = ColumnParallelMapping(megatron_param, megatron_param)
 
 
-class _OfAllExperts(MegatronParamMapping):  # type: ignore[misc]
+class _OfAllExperts(MegatronParamMapping):
     """One expert's weight, whose published tensors hold all experts' in their first dimension."""
 
     # Megatron-Bridge collects what the experts' tasks export, and stacks it.
@@ -194,12 +190,11 @@ class _OfAllExperts(MegatronParamMapping):  # type: ignore[misc]
 
     def expert(self) -> int:
         """The number of the expert, over all ranks."""
-        number = re.search(r"\.local_experts\.(\d+)\.|\.weight(\d+)$", self.megatron_param)
-        assert number is not None, self.megatron_param
-        return int(number[1] or number[2])
+        (number,) = re.findall(r"(?<=\.local_experts\.)\d+|(?<=\.weight)\d+$", self.megatron_param)
+        return int(number)
 
 
-class ExpertsGatedMLPMapping(_OfAllExperts, GatedMLPMapping):  # type: ignore[misc]
+class ExpertsGatedMLPMapping(_OfAllExperts, GatedMLPMapping):
     """An expert's linear_fc1; published are gate and up, [experts, n, h] each."""
 
     def hf_to_megatron(
@@ -211,7 +206,7 @@ class ExpertsGatedMLPMapping(_OfAllExperts, GatedMLPMapping):  # type: ignore[mi
         return own
 
 
-class ExpertsRowParallelMapping(_OfAllExperts, RowParallelMapping):  # type: ignore[misc]
+class ExpertsRowParallelMapping(_OfAllExperts, RowParallelMapping):
     """An expert's linear_fc2; published is down, [experts, h, n]."""
 
     def hf_to_megatron(self, hf_weights: Tensor, megatron_module: torch.nn.Module) -> Tensor:

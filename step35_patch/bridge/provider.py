@@ -12,7 +12,7 @@ from step35_patch.model.provider import Step35ModelProvider
 
 
 @dataclass
-class Step35BridgeProvider(Step35ModelProvider, ModelProviderMixin):  # type: ignore[misc]
+class Step35BridgeProvider(Step35ModelProvider, ModelProviderMixin):
     """The provider that `AutoBridge.to_megatron_provider` makes of a Step-3.5 model.
 
     Megatron-Bridge's recipes and loops set fields after it is made. They are checked, as the

@@ -127,6 +127,7 @@ class Step35ModelProvider(TransformerConfig):
         check_options(self, runtime)
         self._runtime = runtime
         self._made = self._values()
+        self._set = frozenset()
 
     @property
     def step35(self) -> Step35Runtime:
@@ -138,6 +139,7 @@ class Step35ModelProvider(TransformerConfig):
         if not self._is_layers_own and (changed := self._changed()):
             made = type(self)(**self._asked | changed)
             self.__dict__.update(vars(made))
+            self._set = frozenset()
         return self._runtime
 
     @step35.setter
@@ -156,13 +158,22 @@ class Step35ModelProvider(TransformerConfig):
             for value in [getattr(self, known.name)]
         }
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if "_made" in vars(self) and name in self._made:
+            vars(self)["_set"] = self._set | {name}  # copies of the provider share it
+
     def _changed(self) -> dict[str, Any]:
-        """The fields that were set after the constructor, with their values."""
+        """The fields that were set after the constructor, with their values.
+
+        To what they are already, too: what the constructor made of another field would change with
+        that one (expert_tensor_parallel_size with tensor_model_parallel_size).
+        """
         made = self._made
         return {
             name: value
             for name, value in self._values().items()
-            if value is not made[name] and value != made[name]
+            if name in self._set or (value is not made[name] and value != made[name])
         }
 
     def _take_model_fields(self, config: Step35Config) -> None:

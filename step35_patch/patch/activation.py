@@ -42,6 +42,7 @@ _HOOKS = "step35_patch.patch.hooks"
 
 _lock = threading.RLock()
 _armed: set[str] = set()  # modules whose hook waits for their import
+_followers: dict[str, str] = {}  # see activate_on_import
 _refusals: dict[str, str] = {}  # module: why its last import was refused
 
 
@@ -78,8 +79,14 @@ def activate(
         _cover_targets()
 
 
-def activate_on_import() -> None:
-    """What the package's import calls: `activate`, with a warning if the start-up file did not."""
+def activate_on_import(followers: Mapping[str, str]) -> None:
+    """What the package's import calls: `activate`, with a warning if the start-up file did not.
+
+    Args:
+        followers: By a module of somebody else's, the module of this package that is to be
+            imported after it, where there is a config.
+    """
+    _followers.update(followers)
     activate()
     if os.environ.get("STEP35_PATCH") == "1" and STARTUP_MODULE not in sys.modules:
         warn(
@@ -147,6 +154,15 @@ def _cover_targets() -> None:
             _check(module)
         for module in imported:
             _wrap(module)
+    for name in _followers:
+        # At once if it is imported; after a second activation twice, which does no harm.
+        wrapt.register_post_import_hook(_follow, name)
+
+
+def _follow(module: ModuleType) -> None:
+    """The post-import hook of a module with a follower."""
+    if settings.request().source is not None:
+        importlib.import_module(_followers[module.__name__])
 
 
 def _imported(module: ModuleType) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from step35_patch import settings as process
@@ -36,6 +37,7 @@ from step35_patch.patch.agreement import (
     check_ranks_agree,
 )
 from step35_patch.patch.built_model import announce, check_model
+from step35_patch.patch.notices import warn
 from step35_patch.patch.parse_args import parse
 
 # What wrapt hands over (`step35_patch.patch.targets.Hook`).
@@ -390,3 +392,20 @@ def core_transformer_config_from_args(
         # Layers differ in shape: they must not be stacked into one tensor of the checkpoint.
         config.hetereogenous_dist_checkpoint = True
     return config
+
+
+def bridges_own_provider(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """Megatron-Bridge's own provider of Step-3.5: with a warning where it can't be right."""
+    if "head_wise_attn_gate" not in TransformerConfig.__dataclass_fields__:
+        _warn_of_bridges_own_model()
+    return wrapped(*args, **kwargs)
+
+
+@functools.cache
+def _warn_of_bridges_own_model() -> None:
+    warn(
+        "Megatron-Bridge makes its own Step-3.5 model here, and this Megatron-Core lacks what it "
+        "relies on (TransformerConfig.head_wise_attn_gate): it would load and train without an "
+        "error, and compute something else. Write `import step35_patch.bridge` before it, or set "
+        "STEP35_CONFIG to the model's folder."
+    )

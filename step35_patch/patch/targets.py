@@ -127,4 +127,11 @@ TARGETS = (
         "_load_base_checkpoint",
         wrapper="load_base_checkpoint",
     ),
+    # Megatron-Bridge's own Step-3.5, which a released Megatron-Core computes wrong.
+    Target(
+        "megatron.bridge.models.stepfun.step35_bridge",
+        "Step35Bridge.provider_bridge",
+        wrapper="bridges_own_provider",
+        required=False,
+    ),
 )
