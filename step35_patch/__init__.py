@@ -6,8 +6,10 @@ megatron, numpy or pydantic: the names below that need them are imported on firs
 """
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from step35_patch import settings
 from step35_patch._version import __version__
 from step35_patch.patch.activation import (
     activate,
@@ -45,8 +47,16 @@ _MODULE_OF = {
     "Step35ModelProvider": "step35_patch.model.provider",
 }
 
-# Whoever uses Megatron-Bridge gets this package's model from it without another import.
-_FOLLOWERS = {"megatron.bridge.models": "step35_patch.bridge"}
+
+def _after_bridges_models(module: ModuleType) -> None:
+    """Give who uses Megatron-Bridge this package's model without another import."""
+    if settings.request().source is not None:
+        importlib.import_module("step35_patch.bridge")
+
+
+def _after_bridges_targets(module: ModuleType) -> None:
+    """Let a run_config.yaml name this package's classes, in processes without a config too."""
+    module.register_allowed_target_prefix("step35_patch.")
 
 
 def __getattr__(name: str) -> Any:
@@ -61,4 +71,9 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-activate_on_import(_FOLLOWERS)
+activate_on_import(
+    {
+        "megatron.bridge.models": _after_bridges_models,
+        "megatron.bridge.utils.instantiate_utils": _after_bridges_targets,
+    }
+)

@@ -127,7 +127,7 @@ class Step35ModelProvider(TransformerConfig):
         check_options(self, runtime)
         self._runtime = runtime
         self._made = self._values()
-        self._set = frozenset()
+        self._set: frozenset[str] = frozenset()
 
     @property
     def step35(self) -> Step35Runtime:
@@ -161,7 +161,7 @@ class Step35ModelProvider(TransformerConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if "_made" in vars(self) and name in self._made:
-            vars(self)["_set"] = self._set | {name}  # copies of the provider share it
+            self.__dict__["_set"] = self._set | {name}  # copies of the provider share it
 
     def _changed(self) -> dict[str, Any]:
         """The fields that were set after the constructor, with their values.

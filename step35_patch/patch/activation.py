@@ -19,7 +19,7 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ _HOOKS = "step35_patch.patch.hooks"
 
 _lock = threading.RLock()
 _armed: set[str] = set()  # modules whose hook waits for their import
-_followers: dict[str, str] = {}  # see activate_on_import
+_followers: dict[str, Callable[[ModuleType], None]] = {}  # see activate_on_import
 _refusals: dict[str, str] = {}  # module: why its last import was refused
 
 
@@ -79,12 +79,12 @@ def activate(
         _cover_targets()
 
 
-def activate_on_import(followers: Mapping[str, str]) -> None:
+def activate_on_import(followers: Mapping[str, Callable[[ModuleType], None]]) -> None:
     """What the package's import calls: `activate`, with a warning if the start-up file did not.
 
     Args:
-        followers: By a module of somebody else's, the module of this package that is to be
-            imported after it, where there is a config.
+        followers: By the name of a module that is no target, what to call with it once it is
+            imported, and with each further activation.
     """
     _followers.update(followers)
     activate()
@@ -155,14 +155,13 @@ def _cover_targets() -> None:
         for module in imported:
             _wrap(module)
     for name in _followers:
-        # At once if it is imported; after a second activation twice, which does no harm.
-        wrapt.register_post_import_hook(_follow, name)
+        wrapt.register_post_import_hook(_follow, name)  # at once if it is imported
 
 
 def _follow(module: ModuleType) -> None:
     """The post-import hook of a module with a follower."""
-    if settings.request().source is not None:
-        importlib.import_module(_followers[module.__name__])
+    if settings.enabled():
+        _followers[module.__name__](module)
 
 
 def _imported(module: ModuleType) -> None:

@@ -32,12 +32,18 @@ def install() -> None:
 
 
 class _Empty(types.ModuleType):
-    """A module with every name: functions that say no."""
+    """A module with every name: a class to inherit from, or a function that says no."""
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        return lambda *args, **kwargs: False
+        made = type(name, (), {"__init__": _nothing, "__bool__": lambda self: False})
+        setattr(self, name, made)
+        return made
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    pass
 
 
 class _EmptyModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -56,3 +62,23 @@ class _EmptyModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         pass
+
+
+def install_training() -> None:
+    """To be called before `megatron.bridge.training` is imported.
+
+    What it asks of ModelOpt, whose module is empty here, is nothing; and Megatron-Core's helper for
+    data sets is not compiled, which needs a compiler: mock data do without.
+    """
+    import megatron.core.datasets.utils as helpers
+
+    helpers.compile_helpers = lambda: None
+    import megatron.bridge.training.checkpointing as checkpointing
+    import megatron.bridge.training.eval as evaluation
+    import megatron.bridge.training.train as train
+
+    for module in (train, evaluation):
+        module.get_tensor_shapes_adjust_fn_for_distillation = lambda *args, **kwargs: None
+    for name in vars(checkpointing):
+        if "modelopt_state" in name:
+            setattr(checkpointing, name, lambda *args, **kwargs: False)
