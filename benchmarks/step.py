@@ -20,7 +20,7 @@ training run does and all after it: glibc is told to give none back between the 
 
 Not covered: GPUs, Transformer Engine, optimizers, several processes or threads.
 
-    python benchmarks/step.py --memory-gib 8    # an hour on one core
+    python benchmarks/step.py --memory-gib 12   # an hour on one core
     python benchmarks/step.py --quick           # some minutes; writes no file
 """
 

@@ -33,6 +33,15 @@ TRANSFORMER_ENGINE_NEEDS = (
     *("transformer-engine==2.20.2", "einops", "ml_dtypes", "nvdlfw-inspect"),
     *("onnx", "onnx_ir", "onnxscript", "protobuf"),
 )
+# Megatron-Bridge in the same way, with what it needs in other versions than the tests: it does not
+# import with the transformers that has the reference. See tests/support/bridge_on_cpu.py.
+MEGATRON_BRIDGE = VENV / "megatron-bridge"
+MEGATRON_BRIDGE_NEEDS = (
+    *("megatron-bridge==0.6.2", "transformers==5.12.1", "tokenizers==0.22.2"),
+    *("huggingface_hub<2", "httpx", "httpcore", "anyio", "certifi", "idna", "h11"),
+    *("hydra-core", "omegaconf", "antlr4-python3-runtime==4.9.3"),
+    *("nvidia-resiliency-ext==0.4.1", "defusedxml", "tensorboard"),
+)
 # See tests/support/implementation.py.
 IMPLEMENTATION = "STEP35_TEST_IMPLEMENTATION"
 # Tests run side by side, one worker a core: most start processes of their own. A worker takes over
@@ -124,6 +133,10 @@ def set_up() -> None:
             pip("--no-deps", "--target", str(target), f"megatron-core=={version}.*")
         shutil.rmtree(TRANSFORMER_ENGINE, ignore_errors=True)
         pip("--no-deps", "--target", str(TRANSFORMER_ENGINE), *TRANSFORMER_ENGINE_NEEDS)
+        shutil.rmtree(MEGATRON_BRIDGE, ignore_errors=True)
+        pip("--no-deps", "--target", str(MEGATRON_BRIDGE), *MEGATRON_BRIDGE_NEEDS)
+        # Megatron-Core 0.19 takes its presence for that of a newer release.
+        shutil.rmtree(MEGATRON_BRIDGE / "nvidia_resiliency_ext" / "checkpointing")
         STATE.write_text(wanted)
 
 

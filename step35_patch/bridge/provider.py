@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 from megatron.bridge.models.model_provider import ModelProviderMixin
 
+from step35_patch.config.comparison import not_acceptable
 from step35_patch.model.provider import Step35ModelProvider
 
 
@@ -25,6 +26,8 @@ class Step35BridgeProvider(Step35ModelProvider, ModelProviderMixin):
             tensor-parallel size.
         should_pad_vocab: the same; Megatron-Bridge sets it.
         share_embeddings_and_output_weights: False, a Step-3.5 model's matrices are its own.
+        accept_changed: names of the config's fields in which a checkpoint that is loaded may
+            differ, as `--step35-accept-changed` of pretrain_gpt.py.
 
     All other fields are Step35ModelProvider's.
     """
@@ -33,6 +36,7 @@ class Step35BridgeProvider(Step35ModelProvider, ModelProviderMixin):
     make_vocab_size_divisible_by: int = 1
     should_pad_vocab: bool = False
     share_embeddings_and_output_weights: bool = False
+    accept_changed: list[str] = field(default_factory=list)
 
     def finalize(self) -> None:
         """Check and complete what was set since the provider was made.
@@ -41,6 +45,8 @@ class Step35BridgeProvider(Step35ModelProvider, ModelProviderMixin):
             Step35ConfigError, ValueError: as the constructor.
         """
         _ = self.step35
+        if problems := not_acceptable(self.accept_changed, "accept_changed"):
+            raise ValueError("\n".join(problems))
         if self.share_embeddings_and_output_weights:
             raise ValueError(
                 "share_embeddings_and_output_weights: expected False, found True. The output "

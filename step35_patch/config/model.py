@@ -203,6 +203,14 @@ class Step35Config(StrictModel):
             raise Step35ConfigError(problems, str(file)) from None
         return config
 
+    def to_cfg_dict(self) -> dict[str, Any]:
+        """What Megatron-Bridge writes into a run_config.yaml to make the config again."""
+        return {
+            "_target_": f"{__name__}.{type(self).__name__}.from_dict",
+            "_call_": True,
+            "data": self.to_dict(),
+        }
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Check a config that is a dictionary already.

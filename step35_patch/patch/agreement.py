@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
@@ -11,7 +12,8 @@ from torch.distributed import distributed_c10d
 
 from step35_patch import settings as process
 from step35_patch._version import __version__
-from step35_patch.config.comparison import FINGERPRINT, Here, compare
+from step35_patch.config.comparison import FINGERPRINT, Here, compare, recorded
+from step35_patch.config.model import Step35Config
 from step35_patch.patch.megatron_version import megatron_version
 from step35_patch.patch.notices import say, warn
 from step35_patch.settings import Settings
@@ -35,6 +37,7 @@ _SHARDING = "distrib_optim_sharding_type"
 
 # This run's side of a comparison with a checkpoint.
 _HERE = Here("in this run", "--step35-accept-changed")
+HERE_IN_BRIDGE = Here("in this run", "the provider's accept_changed")
 
 
 class Step35MismatchError(RuntimeError):
@@ -46,8 +49,11 @@ def _this_model(settings: Settings) -> dict[str, str]:
     return dict(zip(_MODEL, values, strict=True))
 
 
-def check_ranks_agree() -> None:
+def check_ranks_agree(settings: Settings | None) -> None:
     """Compare the model and the versions over all ranks; collective among them.
+
+    Args:
+        settings: this rank's model; None: this rank's run is of another one.
 
     It goes through the store that torch.distributed was initialised with, not through a collective:
     a rank on which the package is not active would not come to one, and is named here.
@@ -55,7 +61,6 @@ def check_ranks_agree() -> None:
     Raises:
         Step35MismatchError: ranks differ, or did not answer within two minutes; they are named.
     """
-    settings = process.active()
     # Megatron can be told to leave torch.distributed to its caller.
     if settings is None or not torch.distributed.is_initialized():
         return
@@ -100,7 +105,13 @@ def check_ranks_agree() -> None:
         )
 
 
-def check_checkpoint(checkpoint_args: Any, name: str, accept: Collection[str] = ()) -> None:
+def check_checkpoint(
+    checkpoint_args: Any,
+    name: str,
+    settings: Settings | None,
+    accept: Collection[str] = (),
+    here: Here = _HERE,
+) -> None:
     """Hold the arguments that a Megatron checkpoint carries against this run's model.
 
     Args:
@@ -108,14 +119,15 @@ def check_checkpoint(checkpoint_args: Any, name: str, accept: Collection[str] = 
             of another model, or was written by another program. A converted one has no window,
             which is none of the weights'.
         name: the checkpoint's, for messages.
+        settings: this run's model; None: nothing is compared.
         accept: names of the config's fields that may differ
             (`step35_patch.config.comparison.MAY_CHANGE`).
+        here: how messages call this run and its way to accept a field.
 
     Raises:
         Step35MismatchError: it is of another config, gate layout or window, or a field that may
             differ does not.
     """
-    settings = process.active()
     if settings is None:
         return
     found = {key: getattr(checkpoint_args, key, None) for key in _MODEL}
@@ -126,7 +138,7 @@ def check_checkpoint(checkpoint_args: Any, name: str, accept: Collection[str] = 
         )
         return
     wanted = _this_model(settings)
-    comparison = compare(checkpoint_args, settings.config, accept, _HERE)
+    comparison = compare(checkpoint_args, settings.config, accept, here)
     lines = [*comparison.problems] + [
         f"{what}: {found[key]} in the checkpoint, {wanted[key]} in this run; set "
         f"{key.upper()}={found[key]}"
@@ -140,6 +152,36 @@ def check_checkpoint(checkpoint_args: Any, name: str, accept: Collection[str] = 
         )
     if comparison.accepted:
         say("\n  ".join((f"{name} is of another config, as accepted:", *comparison.accepted)))
+
+
+def recorded_by_bridge(checkpoint: str) -> Namespace | None:
+    """What the run_config.yaml of a Megatron-Bridge checkpoint says of its model.
+
+    Args:
+        checkpoint: the folder of one iteration.
+
+    Returns:
+        What `check_checkpoint` reads of Megatron's arguments; None if there is no such file.
+    """
+    from megatron.bridge.training.utils.checkpoint_utils import (
+        file_exists,
+        get_checkpoint_run_config_filename,
+        read_run_config,
+    )
+
+    file = get_checkpoint_run_config_filename(checkpoint)
+    if not file_exists(file):
+        return None
+    model = read_run_config(file).get("model") or {}
+    config = model.get("hf_config")
+    document = config.get("data") if isinstance(config, dict) else None
+    if document is None:  # of another provider
+        return Namespace()
+    return Namespace(
+        step35_gate_layout=model.get("gate_layout"),
+        step35_window=model.get("window"),
+        **recorded(Step35Config.from_dict(document)),
+    )
 
 
 def check_mtp_layers(checkpoint_args: Any, args: Any, name: str) -> None:

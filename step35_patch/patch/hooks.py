@@ -31,10 +31,12 @@ from step35_patch.model.specs import decoder_layer_spec, mtp_layer_spec, step35_
 from step35_patch.model.split_logits import split_for_losses
 from step35_patch.patch import packed_data
 from step35_patch.patch.agreement import (
+    HERE_IN_BRIDGE,
     check_checkpoint,
     check_implementation,
     check_mtp_layers,
     check_ranks_agree,
+    recorded_by_bridge,
 )
 from step35_patch.patch.built_model import announce, check_model
 from step35_patch.patch.notices import warn
@@ -250,7 +252,7 @@ def parse_args(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> A
 def initialize_megatron(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """Megatron's start, at whose end the ranks know each other and nothing is built yet."""
     result = wrapped(*args, **kwargs)
-    check_ranks_agree()
+    check_ranks_agree(process.active())
     return result
 
 
@@ -260,7 +262,9 @@ def load_base_checkpoint(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kw
     state, name = result[0], result[1]
     if state is not None and state.get("args") is not None:
         own = _bind(wrapped, args, kwargs)["args"]
-        check_checkpoint(state["args"], str(name), getattr(own, ACCEPTED, None) or ())
+        check_checkpoint(
+            state["args"], str(name), process.active(), getattr(own, ACCEPTED, None) or ()
+        )
         check_mtp_layers(state["args"], own, str(name))
         check_implementation(state, own, str(name))
     return result
@@ -392,6 +396,42 @@ def core_transformer_config_from_args(
         # Layers differ in shape: they must not be stacked into one tensor of the checkpoint.
         config.hetereogenous_dist_checkpoint = True
     return config
+
+
+def bridge_initialize_megatron(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """Megatron-Bridge's: the copies of the embedding as the layout has them, and ranks agree."""
+    call = _bind(wrapped, args, kwargs)
+    provider = call["cfg"].model
+    runtime = runtime_for(provider)
+    if runtime is None:
+        return wrapped(*args, **kwargs)
+    call.setdefault("get_embedding_ranks", functools.partial(_embedding_ranks, provider))
+    result = wrapped(**call)
+    check_ranks_agree(_settings_of(runtime))
+    return result
+
+
+def _embedding_ranks(provider: Any, pp_ranks: list[int], *_: Any) -> list[int]:
+    return mtp.embedding_ranks(pp_ranks, provider)
+
+
+def _settings_of(runtime: Step35Runtime) -> process.Settings:
+    return process.Settings(
+        runtime.config, runtime.gate_layout, runtime.window, runtime.padded_logits, "the provider's"
+    )
+
+
+def bridge_load_base_checkpoint(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """Megatron-Bridge's: a checkpoint of another model is refused before tensors are read."""
+    loaded = wrapped(*args, **kwargs)
+    call = _bind(wrapped, args, kwargs)
+    state, name, *_ = loaded
+    runtime = runtime_for(call["cfg"].model) if call.get("rank0") and call.get("cfg") else None
+    if runtime is not None and state is not None:
+        accept = getattr(call["cfg"].model, "accept_changed", ())
+        saved = recorded_by_bridge(str(name)) or state.get("args")
+        check_checkpoint(saved, str(name), _settings_of(runtime), accept, HERE_IN_BRIDGE)
+    return loaded
 
 
 def bridges_own_provider(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:

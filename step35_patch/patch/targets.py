@@ -127,6 +127,19 @@ TARGETS = (
         "_load_base_checkpoint",
         wrapper="load_base_checkpoint",
     ),
+    # Megatron-Bridge's loop, which has functions of its own for these.
+    Target(
+        "megatron.bridge.training.initialize",
+        "initialize_megatron",
+        wrapper="bridge_initialize_megatron",
+        required=False,
+    ),
+    Target(
+        "megatron.bridge.training.checkpointing",
+        "_load_base_checkpoint",
+        wrapper="bridge_load_base_checkpoint",
+        required=False,
+    ),
     # Megatron-Bridge's own Step-3.5, which a released Megatron-Core computes wrong.
     Target(
         "megatron.bridge.models.stepfun.step35_bridge",

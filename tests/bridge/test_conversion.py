@@ -8,16 +8,14 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.bridge_on_cpu import FOLDER
+from support.bridge_processes import needs_bridge
 from support.parity import LOGITS, relative
 from support.reference import Reference, random_tokens, random_weights, tiny_config, write_hf_folder
 from support.tokenizer import write_tokenizer
 
 from step35_patch import Step35Config
 
-pytestmark = pytest.mark.skipif(
-    not FOLDER.exists(), reason="Megatron-Bridge could not be set up: see tools/run.py"
-)
+pytestmark = needs_bridge
 
 LOCAL = {"transformer_impl": "local", "moe_grouped_gemm": False}
 # The vocabulary has 97 tokens, which no layout divides.

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support.bridge_on_cpu import FOLDER, TRANSFORMER_ENGINE
+from support.bridge_processes import needs_bridge, output_of
 from support.reference import random_weights, tiny_config, write_hf_folder
 
-pytestmark = pytest.mark.skipif(
-    not FOLDER.exists(), reason="Megatron-Bridge could not be set up: see tools/run.py"
-)
+pytestmark = needs_bridge
 
 START = """
 import sys, warnings
 from support import bridge_on_cpu
 bridge_on_cpu.install()
+import hashlib, os
+import torch
 import step35_patch
+if "OFF" in os.environ:
+    step35_patch.deactivate()
 from megatron.bridge import AutoBridge
 
 def of_whom():
@@ -33,20 +32,34 @@ def warned():
         warnings.simplefilter("always")
         whose = of_whom()
     return whose, [str(w.message) for w in caught if "step35_patch" in str(w.message)]
+
+def another_model():
+    from transformers import Qwen3MoeConfig
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, moe_intermediate_size=16, num_experts=4,
+        num_experts_per_tok=2, architectures=["Qwen3MoeForCausalLM"], torch_dtype="float32",
+    )
+    provider = AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
+    provider.finalize()
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    provider.initialize_model_parallel(seed=1)
+    torch.manual_seed(1)
+    (model,) = provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+    tokens = torch.arange(20)[None]
+    logits = model.eval()(tokens, tokens, None)
+    tensors = [*model.state_dict().values(), logits]
+    sums = hashlib.sha256(str(model).encode())
+    for tensor in tensors:
+        if torch.is_tensor(tensor):
+            sums.update(tensor.detach().numpy().tobytes())
+    return sums.hexdigest()
 """
 
 
 def run(code: str, folder: Path, **variables: str) -> str:
-    search = [FOLDER, TRANSFORMER_ENGINE, Path(__file__).parents[1], os.environ.get("PYTHONPATH")]
-    variables |= {"PYTHONPATH": os.pathsep.join(str(path) for path in search if path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", START + code, str(folder)],
-        capture_output=True,
-        text=True,
-        env=os.environ | variables | {"CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return output_of(START + code, folder, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +69,16 @@ def folder(tmp_path_factory):
 
 
 def test_with_a_config_the_import_of_megatron_bridge_is_enough(folder):
+    """And other models stay what they are, bit for bit."""
     code = """
 assert "step35_patch.bridge" in sys.modules
 assert warned() == ({"step35_patch"}, [])
 """
-    run(code, folder, STEP35_CONFIG=str(folder))
+    other = "\nprint('another model', another_model())"
+    active = run(code + other, folder, STEP35_CONFIG=str(folder))
+    # Whatever else is printed; without the package its hooks are not there.
+    assert active.splitlines()[-1] == run(other, folder, OFF="1").splitlines()[-1]
+    assert len(active.splitlines()[-1]) == len("another model ") + 64
 
 
 def test_without_one_megatron_bridges_own_model_comes_with_one_warning(folder):

@@ -11,7 +11,7 @@ from support.installed import PUBLISHED
 from support.reference import FULL, SLIDING, tiny_config
 
 import step35_patch
-from step35_patch import Step35Config
+from step35_patch import Step35Config, settings
 from step35_patch.patch.agreement import (
     Step35MismatchError,
     check_checkpoint,
@@ -340,22 +340,23 @@ def test_accepted_changes_are_checked_by_name(parse, monkeypatch, option):
 
 def test_checkpoint_of_another_model_is_named(parse):
     args = parse(config=tiny_config())
-    check_checkpoint(args, "iter_0000002")
+    here = settings.active()
+    check_checkpoint(args, "iter_0000002", here)
     other = argparse.Namespace(**vars(args))
     other.step35_window, other.step35_fingerprint = "steptron", "0" * 64
     with pytest.raises(Step35MismatchError) as error:
-        check_checkpoint(other, "iter_0000002")
+        check_checkpoint(other, "iter_0000002", here)
     assert "window: steptron in the checkpoint, hf in this run" in str(error.value)
     assert "set STEP35_WINDOW=steptron" in str(error.value)
     assert "config fingerprint" not in str(error.value)  # its config is there, and this one
     # Saved before checkpoints had their config.
     del other.step35_config_document
     with pytest.raises(Step35MismatchError) as error:
-        check_checkpoint(other, "iter_0000002")
+        check_checkpoint(other, "iter_0000002", here)
     assert f"config fingerprint: {'0' * 64} in the checkpoint" in str(error.value)
     assert "carries no config that would tell which fields differ" in str(error.value)
     with pytest.warns(RuntimeWarning, match="does not say which Step-3.5 model"):
-        check_checkpoint(argparse.Namespace(num_layers=6), "iter_0000002")
+        check_checkpoint(argparse.Namespace(num_layers=6), "iter_0000002", here)
 
 
 @pytest.mark.parametrize(

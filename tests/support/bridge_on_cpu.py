@@ -12,16 +12,13 @@ import importlib.machinery
 import sys
 import types
 from collections.abc import Sequence
-from pathlib import Path
 
-# See tools/run.py: Megatron-Bridge with all that it needs in other versions than the tests do.
-FOLDER = Path(sys.prefix, "megatron-bridge")
-TRANSFORMER_ENGINE = Path(sys.prefix, "transformer-engine")
 EMPTY = ("modelopt", "megatron.energon")
 
 
 def install() -> None:
-    """To be called before the first `import megatron`, in a process with FOLDER on its path."""
+    """To be called before the first `import megatron`, in a process of
+    `support.bridge_processes`."""
     from step35_patch import cpu
 
     cpu.install()

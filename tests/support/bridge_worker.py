@@ -18,6 +18,9 @@ from safetensors.torch import load_file  # noqa: E402
 import step35_patch  # noqa: E402
 from step35_patch.bridge import Step35Bridge, Step35BridgeProvider  # noqa: E402
 
+# Tokens of a sequence in training: beyond the window.
+LENGTH = 24
+
 
 def start() -> None:
     """torch.distributed, as Megatron-Bridge expects to find it or else starts it with NCCL."""
@@ -69,3 +72,74 @@ def convert(folder: str, out: str, gate_layout: str, fields: str) -> None:
         saved = load_file(Path(out, "model.safetensors"))
         assert saved.keys() == exported.keys()
         assert all(torch.equal(saved[name], tensor) for name, tensor in exported.items())
+
+
+def train(folder: str, checkpoint: str, options: str) -> None:
+    """Megatron-Bridge's own loop on mock data; a checkpoint each second iteration.
+
+    It goes on from the checkpoint, if there is one. Options: `iterations`, how many this process
+    does; `optimizer`; `gate_layout`; `fields` of the provider; `accept_changed`.
+    """
+    bridge_on_cpu.install_training()
+    from megatron.bridge.training import config
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+    from megatron.bridge.training.tokenizers.config import TokenizerConfig
+
+    asked = json.loads(options)
+    step35_patch.activate(gate_layout=asked.get("gate_layout"))
+    provider = AutoBridge.from_hf_pretrained(folder).to_megatron_provider()
+    provider.use_cpu_initialization, provider.pipeline_dtype = True, torch.float32
+    provider.seq_length = LENGTH
+    for name, value in asked.get("fields", {}).items():
+        setattr(provider, name, value)
+    weight_decay = {"start_weight_decay": 0.1, "end_weight_decay": 0.1}
+    pretrain(
+        config.ConfigContainer(
+            model=provider,
+            train=config.TrainingConfig(
+                train_iters=4,
+                exit_interval=asked.get("iterations", 4),
+                global_batch_size=2,
+                micro_batch_size=2,
+            ),
+            validation=config.ValidationConfig(eval_interval=None, eval_iters=0),
+            optimizer=config.OptimizerConfig(
+                optimizer=asked.get("optimizer", "adam"),
+                lr=1e-2,
+                min_lr=1e-2,
+                use_distributed_optimizer=False,
+                params_dtype=torch.float32,
+            ),
+            scheduler=config.SchedulerConfig(
+                lr_decay_style="constant",
+                lr_decay_iters=4,
+                lr_warmup_iters=0,
+                weight_decay_incr_style="constant",
+                **weight_decay,
+            ),
+            ddp=config.DistributedDataParallelConfig(use_distributed_optimizer=False),
+            dataset=config.MockGPTDatasetConfig(
+                random_seed=1,
+                reset_attention_mask=False,
+                reset_position_ids=False,
+                eod_mask_loss=False,
+                seq_length=LENGTH,
+                dataloader_type="single",
+                num_workers=0,
+            ),
+            logger=config.LoggerConfig(log_interval=1),
+            tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=96),
+            checkpoint=config.CheckpointConfig(
+                save=checkpoint, load=checkpoint, save_interval=2, ckpt_format="torch_dist"
+            ),
+            rng=config.RNGConfig(seed=3),
+            dist=config.DistributedInitConfig(distributed_backend="gloo"),
+        ),
+        forward_step,
+    )
+
+
+def export(folder: str, checkpoint: str, out: str) -> None:
+    """The published layout of a checkpoint that Megatron-Bridge's loop saved."""
+    AutoBridge.from_hf_pretrained(folder).export_ckpt(checkpoint, out, show_progress=False)

@@ -1,0 +1,111 @@
+"""Megatron-Bridge's own loop with this package's provider: train, save, go on, export."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+from support.bridge_processes import needs_bridge, output_of
+from support.converted import assert_same, read
+from support.reference import random_weights, tiny_config, write_hf_folder
+from support.tokenizer import write_tokenizer
+
+from step35_patch import Step35Config
+from step35_patch.convert import convert_to_hf
+
+pytestmark = [
+    pytest.mark.slow,
+    needs_bridge,
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = tiny_config(vocab_size=97, architectures=["Step3p5ForCausalLM"])
+    hf = write_hf_folder(tmp_path_factory.mktemp("hf"), config, random_weights(config, 13))
+    write_tokenizer(hf, 97)
+    return hf
+
+
+def train(ranks, folder, checkpoint, **options):
+    code = "from support.bridge_worker import train\ntrain(*arguments)"
+    return ranks.run(code, 1, folder, checkpoint, json.dumps(options))
+
+
+def losses(ended) -> dict[int, list[str]]:
+    """By iteration: the main loss and the MTP layers', and the gradients' norm, as printed."""
+    assert ended.statuses == [0], ended.text[-6000:]
+    return {
+        int(line[1]): re.findall(r"(?:loss|norm): ([\d.E+-]+)", line[0])
+        for line in re.finditer(r"iteration +(\d+)/.*lm loss.*", ended.text)
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(bridge_ranks, folder, tmp_path_factory):
+    """The checkpoints of a run of four iterations, its losses, and the folder it began with."""
+    checkpoint = tmp_path_factory.mktemp("trained")
+    found = losses(train(bridge_ranks, folder, checkpoint))
+    assert list(found) == [1, 2, 3, 4] and len(found[1]) >= 4
+    assert float(found[4][0]) < float(found[1][0])
+    return checkpoint, found, folder
+
+
+@pytest.mark.parametrize("gate_layout", ["headwise", "expanded"])
+def test_a_run_goes_on_from_its_checkpoint(bridge_ranks, folder, trained, tmp_path, gate_layout):
+    options = {"gate_layout": gate_layout}
+    first = losses(train(bridge_ranks, folder, tmp_path, iterations=2, **options))
+    second = losses(train(bridge_ranks, folder, tmp_path, **options))
+    assert [*first, *second] == [1, 2, 3, 4]
+    if gate_layout == "headwise":
+        assert first | second == trained[1]
+
+
+def test_muon_is_an_optimizer_of_it(bridge_ranks, folder, trained, tmp_path):
+    found = losses(train(bridge_ranks, folder, tmp_path, optimizer="muon"))
+    assert found[1][0] == trained[1][1][0] and found[3][0] != trained[1][3][0]
+    assert float(found[4][0]) < float(found[1][0])
+
+
+def test_a_checkpoint_of_another_model_is_refused(bridge_ranks, folder, trained, tmp_path):
+    checkpoint = shutil.copytree(trained[0], tmp_path / "checkpoint")
+    ended = train(bridge_ranks, folder, checkpoint, fields={"window": "steptron"})
+    assert ended.statuses == [1]
+    assert "window: hf in the checkpoint, steptron in this run" in ended.text
+
+    document = json.loads((folder / "config.json").read_text())
+    document["swiglu_limits_shared"][0] = 0.7
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(document))
+    ended = train(bridge_ranks, other, checkpoint)
+    assert ended.statuses == [1]
+    assert re.search(r"swiglu_limits_shared: .* in the checkpoint, .* in this run", ended.text)
+
+
+def test_what_is_exported_is_what_was_trained(bridge_ranks, folder, trained, tmp_path):
+    """By Megatron-Bridge, which makes the model of the checkpoint's run_config.yaml alone."""
+    code = "from support.bridge_worker import export\nexport(*arguments)"
+    ended = bridge_ranks.run(code, 1, folder, trained[0], tmp_path / "exported")
+    assert ended.statuses == [0], ended.text[-6000:]
+    convert_to_hf(trained[0] / "iter_0000004", tmp_path / "converted", hf_dir=folder)
+    assert_same(read(tmp_path / "exported"), read(tmp_path / "converted"))
+
+
+def test_a_process_without_a_config_makes_the_model_of_a_checkpoint(trained):
+    """Its run_config.yaml names classes of this package, which nothing there has imported."""
+    code = """
+import sys
+from support import bridge_on_cpu
+bridge_on_cpu.install()
+import megatron.bridge
+assert "step35_patch.bridge" not in sys.modules
+bridge_on_cpu.install_training()
+from megatron.bridge.training.model_load_save import load_model_config
+provider, _ = load_model_config(sys.argv[1])
+print(type(provider).__name__, provider.step35.config.fingerprint, provider.seq_length)
+"""
+    found = output_of(code, trained[0] / "iter_0000004").splitlines()[-1]
+    config = Step35Config.from_pretrained(trained[2])
+    assert found == f"Step35BridgeProvider {config.fingerprint} 24"
