@@ -229,7 +229,7 @@ class Step35SelfAttention(SelfAttention):
         adjusted: tuple[Any, ...] = super()._adjust_key_value_for_inference(
             inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
         )
-        query, key, value, rotary_pos_emb, mask_type, *rest = adjusted
+        query, key, value, rotary_pos_emb, _, *rest = adjusted
         if inference_context is None or key.size(0) == query.size(0):
             return adjusted
         left = None if self.config.window_size is None else self.config.window_size[0]
@@ -239,7 +239,7 @@ class Step35SelfAttention(SelfAttention):
     def _rotated(
         self, query: Tensor, key: Tensor, rotary_pos_emb: Any, positions: slice
     ) -> tuple[Tensor, Tensor]:
-        """query and key, of some positions of those that `generation_rotary_pos_emb` is for."""
+        """The two turned, as tokens at some of the positions that `rotary_pos_emb` is for."""
         if isinstance(rotary_pos_emb, Rotation):
             rotation = Rotation(*(part[positions] for part in rotary_pos_emb))
             return rotate(query, rotation), rotate(key, rotation)

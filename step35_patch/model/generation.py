@@ -1,8 +1,8 @@
 """Generating with Megatron-Core's static inference context: what a layer needs to know of it.
 
-The context has a cache of keys and values for each layer, of that layer's own key heads, and says
-how many tokens of each sequence are in it. Megatron-Core makes, fills and reads the cache; what
-`step35_patch.model.attention` adds is the layer's own RoPE at those positions, and its window.
+The context has a cache of keys and values for each layer, and says how many tokens of each sequence
+are in it. Megatron-Core makes, fills and reads the cache; what `step35_patch.model.attention` adds
+is the layer's own RoPE at the next tokens' positions, and its window.
 
 Shapes are named as in `step35_patch.model.windowed_attention`.
 """
@@ -31,11 +31,10 @@ class StaticContext(Protocol):
         """Whether it is another context: paged, with sequences of different lengths."""
 
 
-_DYNAMIC = (
-    "inference_context: expected a StaticInferenceContext, found a dynamic one. Its paged attention "
-    "is flash-attn's, which Megatron-Core before 0.19 calls without a window, and its cache has the "
-    "key heads of the first layer for all of them. Pass a StaticInferenceContext (with "
-    "StaticInferenceEngine, legacy=True), or save the weights with "
+DYNAMIC_CONTEXT = (
+    "Step-3.5 does not generate with Megatron-Core's DynamicInferenceContext: its paged attention "
+    "is flash-attn's, which releases before 0.19 call without the layers' windows, and which was "
+    "never held to the model. Use a StaticInferenceContext, or save the weights with "
     "step35_patch.checkpoint.save_hf_weights and serve them from there."
 )
 
@@ -55,7 +54,7 @@ def check_generation(
             them.
     """
     if context.is_dynamic_batching():
-        raise NotImplementedError(_DYNAMIC)
+        raise NotImplementedError(DYNAMIC_CONTEXT)
     if packed_seq_params is not None:
         raise NotImplementedError(
             "packed_seq_params: expected None with an inference context, found packed sequences. "
