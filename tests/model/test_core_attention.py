@@ -131,6 +131,19 @@ def test_padding_causal_with_a_mask_is_causal_with_that_mask():
     assert torch.equal(call(module, inputs, mask), call(attention(), inputs, mask))
 
 
+def test_the_last_tokens_of_a_sequence_alone():
+    """Keys that the window hides may be left out, while the mask has columns for all."""
+    q, k, v = random_qkv(50, 1, 4, 2, 16)
+    mask = document_mask(50, 20, 30)
+    kind = AttnMaskType.causal_bottom_right
+    for given in (None, mask):
+        whole = call(attention(), (q, k, v), given)[-5:]
+        own = None if given is None else given[:, :, -5:]
+        for keys in (50, 25):
+            last = call(attention(), (q[-5:], k[-keys:], v[-keys:]), own, kind)
+            torch.testing.assert_close(last, whole, rtol=1e-5, atol=1e-6)
+
+
 def dropping_attention(**changes):
     # Sequence parallelism: without it dropout asks Megatron-Core's CUDA generators.
     parallel = dict(tensor_model_parallel_size=2, sequence_parallel=True)
