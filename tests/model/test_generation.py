@@ -172,7 +172,8 @@ def test_megatrons_engine_and_controller(both, options):
     """Prompts of different lengths. By default the engine tries the dynamic context first."""
     model, reference = both(8)
     prompts, _ = random_tokens(8, 2, 20)
-    for tokens in by_the_engine(model, [prompts[0, :PROMPT], prompts[1]], NEW, **options):
+    sequences, _ = by_the_engine(model, [prompts[0, :PROMPT], prompts[1]], NEW, **options)
+    for tokens in sequences:
         assert_chosen_by(reference, tokens[None], NEW)
 
 

@@ -114,8 +114,18 @@ class Numbers:
 
 def by_the_engine(
     model: torch.nn.Module, prompts: Sequence[torch.Tensor], new: int, **options: Any
-) -> list[torch.Tensor]:
-    """What Megatron-Core's static engine makes of prompts [s] of any lengths: [s + new] each."""
+) -> tuple[list[torch.Tensor], StaticInferenceContext]:
+    """What Megatron-Core's static engine makes of prompts [s] of any lengths, and its context.
+
+    Args:
+        model: a GPTModel, whole or a pipeline stage.
+        prompts: [s] each.
+        new: number of tokens to generate.
+        options: of StaticInferenceEngine.
+
+    Returns:
+        [s + new] for each prompt; and the context.
+    """
     tokenizer = Numbers()
     context = StaticInferenceContext(len(prompts), max(map(len, prompts)) + new)
     controller = TextGenerationController(GPTInferenceWrapper(model, context), tokenizer)
@@ -129,4 +139,4 @@ def by_the_engine(
     return [
         torch.cat([prompt, request.generated_tokens])
         for prompt, request in zip(prompts, requests, strict=True)
-    ]
+    ], context
