@@ -145,6 +145,12 @@ class Step35DotProductAttention(MegatronModule):
         packed = self._is_packed(packed_seq_params)
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         if mask_type == AttnMaskType.causal_bottom_right:
+            if packed or (self.cp_group is not None and self.cp_group.size() > 1):
+                raise ValueError(
+                    f"Layer {self.layer_number}: attn_mask_type: expected AttnMaskType.causal for "
+                    "packed sequences and under context parallelism, found causal_bottom_right. "
+                    "The last tokens of a sequence go alone with whole sequences on one rank."
+                )
             return self._of_the_last_tokens(query, key, value, attention_mask)
         self._check_mask_type(mask_type)
         if mask_type == AttnMaskType.padding_causal and attention_mask is None and not packed:

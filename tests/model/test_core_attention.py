@@ -263,6 +263,8 @@ def test_what_it_does_not_do_is_an_error_when_it_is_called(arguments, message):
 def test_what_context_parallelism_cannot_do_is_an_error():
     module = attention(pg_collection=process_groups(tp=1, cp=4))
     inputs = random_qkv(8, 1, 4, 2, 16)
+    with pytest.raises(ValueError, match=r"attn_mask_type: .*found causal_bottom_right"):
+        call(module, inputs, mask_type=AttnMaskType.causal_bottom_right)
     with pytest.raises(ValueError, match=r"attention_mask: .*no-create-attention-mask"):
         call(module, inputs, mask=torch.zeros(1, 1, 8, 32, dtype=torch.bool))
     bounds = torch.tensor([0, 12, 32], dtype=torch.int32)
