@@ -42,6 +42,11 @@ _COMMANDS = {
         description="Run transformers' Step-3.5 and this package's on the same tokens, one layer "
         "of each at a time, and say where they part.",
     ),
+    "generate": _Command(
+        help="continue prompts with a checkpoint's model, for a look at it in training",
+        description="Continue prompts greedily with Megatron-Core's static engine, on a GPU or the "
+        "CPU. A look at a checkpoint, no serving engine.",
+    ),
 }
 
 

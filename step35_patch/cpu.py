@@ -182,6 +182,22 @@ def _redirect_tensors() -> None:
             torch.set_rng_state(state)
 
     torch.nn.functional.dropout = dropout
+    torch.Generator = _Generator  # type: ignore[misc]  # a class in the place of a class
+
+
+_TorchGenerator = torch.Generator
+
+
+class _Generators(type(_TorchGenerator)):  # type: ignore[misc]  # torch's metaclass has no name
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, _TorchGenerator)
+
+
+class _Generator(_TorchGenerator, metaclass=_Generators):
+    """Makes one of torch's generators, on the CPU for any device; they are its instances."""
+
+    def __new__(cls, device: Any = _CPU) -> Any:
+        return _TorchGenerator(_on_cpu(device))
 
 
 # --- torch.cuda ---------------------------------------------------------------------------------

@@ -133,11 +133,11 @@ _NAMES = {
         grad_sync_func moe_grad_scale_func mtp_grad_scale_func no_sync_func param_sync_func timers
     """,
     "logging": "barrier_with_L1_time config_logger_dir moe_per_layer_logging test_mode",
-    "inference with Megatron-Core, which is refused": """
+    "inference with Megatron-Core": "inference_sampling_seed",
+    "a detail of inference-optimized layers and CUDA graphs, which are refused": """
         inference_cuda_graph_scope inference_disable_triton_nvls_kernels
-        inference_fuse_tp_communication inference_grouped_gemm_backend
-        inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type
-        inference_sampling_seed moe_pad_experts_for_cuda_graph_inference
+        inference_grouped_gemm_backend inference_moe_disable_fused_quant_kernels
+        inference_moe_token_dispatcher_type
     """,
     "nothing in Megatron-Core reads it": "moe_token_dropping",
     "RoPE is relative; refused where it does nothing": "reset_position_ids",
@@ -193,7 +193,7 @@ NEUTRAL_GROUPS = {
     "distributed init": "layout and communication",
     "fault injector": "faults",
     "ft_package": "faults",
-    "inference": "inference with Megatron-Core, which is refused",
+    "inference": "inference with Megatron-Core",
     "logging": "logging",
     "msc": "checkpoints",
     "one logger": "logging",

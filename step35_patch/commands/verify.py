@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
-import logging
 import os
 import sys
-import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from step35_patch.commands.acceptance import add_acceptance
+from step35_patch.commands.upstream_notices import without_upstream_notices
 from step35_patch.tensors.published import Weights
 from step35_patch.verify.api import (
     check_reference,
@@ -27,18 +24,6 @@ from step35_patch.verify.report import Part, Report
 
 if TYPE_CHECKING:
     from step35_patch.config.model import Step35Config
-
-# Warnings of Megatron-Core that say nothing about a comparison on the CPU, by how they begin.
-_WARNINGS = (
-    # Kernels for GPUs, which `step35_patch.cpu` keeps off in any case.
-    "(Transformer Engine and )?Apex (is|are) not installed",
-    # Megatron-Core logs with the standard library instead.
-    "absl.logging is not installed",
-    # Its own default for CUDA graphs, which every TransformerConfig is warned of.
-    "full scope is deprecated",
-)
-# What Megatron-Core logs for every GPTModel, which is the model that this package trains.
-_GPT_MODEL, _DEPRECATED = "megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _return_freed_memory()
     try:
-        with _without_upstream_notices():
+        with without_upstream_notices():
             report = _compare(options)
     except (ValueError, OSError, ImportError) as error:
         print(error, file=sys.stderr)
@@ -134,24 +119,6 @@ def _return_freed_memory() -> None:
     """
     m_mmap_threshold = -3  # malloc.h
     ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
-
-
-@contextlib.contextmanager
-def _without_upstream_notices() -> Iterator[None]:
-    """Leave `_WARNINGS` and `_DEPRECATED` out of what is printed, for the time being."""
-    with warnings.catch_warnings():
-        for message in _WARNINGS:
-            warnings.filterwarnings("ignore", message, UserWarning, r"megatron\.core\.")
-        logger = logging.getLogger(_GPT_MODEL)
-        logger.addFilter(_is_not_deprecation)
-        try:
-            yield
-        finally:
-            logger.removeFilter(_is_not_deprecation)
-
-
-def _is_not_deprecation(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(_DEPRECATED)
 
 
 def _compare(options: argparse.Namespace) -> Report:

@@ -23,13 +23,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from step35_patch.model.description import LayerConfig
+from step35_patch.model.generation import (
+    StaticContext,
+    check_generation,
+    in_sight,
+    next_positions,
+)
 from step35_patch.model.output_gate import headwise_gate
-from step35_patch.model.rope import Rotation, rotary_pos_emb, rotate
+from step35_patch.model.rope import (
+    Rotation,
+    generation_rotary_pos_emb,
+    rotary_pos_emb,
+    rotate,
+)
 from step35_patch.tensors.qkv import gate_rows, refuse_drift
 from step35_patch.tensors.qkv_layout import QkvLayout
 
@@ -140,7 +153,7 @@ class Step35SelfAttention(SelfAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         key_value_states: Tensor | None = None,
-        inference_context: object = None,
+        inference_context: StaticContext | None = None,
         rotary_pos_emb: Tensor | None = None,  # the model-wide one, which is not this layer's
         rotary_pos_cos: Tensor | None = None,
         rotary_pos_sin: Tensor | None = None,
@@ -149,25 +162,34 @@ class Step35SelfAttention(SelfAttention):
         packed_seq_params: PackedSeqParams | None = None,
         sequence_len_offset: int | None = None,
         *,
-        inference_params: object = None,
+        inference_params: StaticContext | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states: [s, b, h]; returns ([s, b, h], bias or None), as Megatron-Core's does.
 
+        With Megatron-Core's StaticInferenceContext the s tokens are the next of each sequence:
+        their keys, rotated, and values are added to its cache, and the queries see those in it.
+
         Raises:
-            NotImplementedError: an inference context is given; its key-value cache knows
-                neither per-layer RoPE nor per-layer windows.
+            NotImplementedError: another inference context is given, or one together with packed
+                sequences or context parallelism.
         """
-        if inference_context is not None or inference_params is not None:
-            raise NotImplementedError(
-                "Step-3.5 layers train and evaluate; generation with Megatron-Core's inference "
-                "context is not supported. Save the weights with "
-                "step35_patch.checkpoint.save_hf_weights and serve them from there."
+        context = inference_context if inference_context is not None else inference_params
+        if context is None:
+            rotation = self._own_rotary_pos_emb(hidden_states, packed_seq_params)
+        else:
+            check_generation(context, packed_seq_params, self.pg_collection.cp.size())
+            rotation = generation_rotary_pos_emb(
+                self.config.step35_layer,
+                self.config,
+                context.max_sequence_length,
+                hidden_states.device,
             )
         output: tuple[Tensor, Tensor | None] = super().forward(
             hidden_states,
             attention_mask,
             key_value_states=key_value_states,
-            rotary_pos_emb=self._own_rotary_pos_emb(hidden_states, packed_seq_params),
+            inference_context=context,
+            rotary_pos_emb=rotation,
             attention_bias=attention_bias,
             packed_seq_params=packed_seq_params,
             sequence_len_offset=sequence_len_offset,
@@ -187,7 +209,7 @@ class Step35SelfAttention(SelfAttention):
 
     def _adjust_key_value_for_inference(
         self,
-        inference_context: object,
+        inference_context: StaticContext | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -196,13 +218,37 @@ class Step35SelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """What Megatron-Core does between projection and rotation; here the rotation as well."""
-        if isinstance(rotary_pos_emb, Rotation):
+        if inference_context is not None:
+            # Megatron-Core would cache keys as they are, and rotate all of them for each token.
+            here = next_positions(inference_context, query.size(0))
+            query, key = self._rotated(query, key, rotary_pos_emb, here)
+            rotary_pos_emb = None
+        elif isinstance(rotary_pos_emb, Rotation):
             query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
             rotary_pos_emb = None
         adjusted: tuple[Any, ...] = super()._adjust_key_value_for_inference(
             inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
         )
-        return adjusted
+        query, key, value, rotary_pos_emb, _, *rest = adjusted
+        if inference_context is None or key.size(0) == query.size(0):
+            return adjusted
+        left = None if self.config.window_size is None else self.config.window_size[0]
+        key, value = (in_sight(cached, query.size(0), left) for cached in (key, value))
+        return query, key, value, rotary_pos_emb, AttnMaskType.causal_bottom_right, *rest
+
+    def _rotated(
+        self, query: Tensor, key: Tensor, rotary_pos_emb: Any, positions: slice
+    ) -> tuple[Tensor, Tensor]:
+        """The two turned, as tokens at some of the positions that `rotary_pos_emb` is for."""
+        if isinstance(rotary_pos_emb, Rotation):
+            rotation = Rotation(*(part[positions] for part in rotary_pos_emb))
+            return rotate(query, rotation), rotate(key, rotation)
+        options = {"config": self.config, "cp_group": self.pg_collection.cp}
+        of_query, of_key = (angles[positions] for angles in rotary_pos_emb)
+        return (
+            apply_rotary_pos_emb(query, of_query, **options),
+            apply_rotary_pos_emb(key, of_key, **options),
+        )
 
     def get_query_key_value_tensors(
         self,

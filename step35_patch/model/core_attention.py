@@ -118,10 +118,13 @@ class Step35DotProductAttention(MegatronModule):
 
         Args:
             query: [s, b, np, hn]; [t, np, hn] if the sequences are packed.
-            key: [s, b, ng, hn]; [t, ng, hn] if packed.
+            key: [s, b, ng, hn]; [t, ng, hn] if packed. With `AttnMaskType.causal_bottom_right`, as
+                while a sequence is generated, [keys, b, ng, hn] of the keys >= s tokens of which
+                the queries are the last.
             value: as key.
             attention_mask: bool [1 or b, 1, s, s] ([1, 1, t, t] if packed), True where masked, on
-                top of causality and window; or None.
+                top of causality and window; or None. With causal_bottom_right its columns may be
+                more than the keys, which are then the last of them.
             attn_mask_type: None means the module's.
             attention_bias: must be None.
             packed_seq_params: None, or with qkv_format "thd" for packed sequences (see
@@ -141,6 +144,14 @@ class Step35DotProductAttention(MegatronModule):
             )
         packed = self._is_packed(packed_seq_params)
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
+        if mask_type == AttnMaskType.causal_bottom_right:
+            if packed or (self.cp_group is not None and self.cp_group.size() > 1):
+                raise ValueError(
+                    f"Layer {self.layer_number}: attn_mask_type: expected AttnMaskType.causal for "
+                    "packed sequences and under context parallelism, found causal_bottom_right. "
+                    "The last tokens of a sequence go alone with whole sequences on one rank."
+                )
+            return self._of_the_last_tokens(query, key, value, attention_mask)
         self._check_mask_type(mask_type)
         if mask_type == AttnMaskType.padding_causal and attention_mask is None and not packed:
             raise ValueError(
@@ -185,6 +196,19 @@ class Step35DotProductAttention(MegatronModule):
                 attention_mask=attention_mask,
                 dropout_p=dropout_p,
             )
+
+    def _of_the_last_tokens(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        return attend_to_prefix(
+            query,
+            key,
+            value,
+            window_left=self.window_left,
+            softmax_scale=self.softmax_scale,
+            attention_mask=None if mask is None else mask[..., -key.size(0) :],
+            dropout_p=self.attention_dropout if self.training else 0.0,
+        )
 
     def _documents(
         self, tokens: int, params: PackedSeqParams | None, group: ProcessGroup
@@ -241,8 +265,8 @@ class Step35DotProductAttention(MegatronModule):
             raise ValueError(
                 f"Layer {self.layer_number}: attn_mask_type: expected AttnMaskType.causal or "
                 f"padding_causal, found {mask_type}. Step-3.5 is causal; hide further keys with "
-                "attention_mask. (Generating with a KV cache, where Megatron-Core asks for "
-                "no_mask, is not supported.)"
+                "attention_mask. For the last tokens of a sequence alone, as with a KV cache, "
+                "forward takes causal_bottom_right."
             )
 
     def _is_packed(self, params: PackedSeqParams | None) -> bool:

@@ -106,6 +106,7 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
     RefusedOption("hybrid_override_pattern", (None,), _OWN_LAYERS, _ARGUMENT),
     RefusedOption("mtp_hybrid_override_pattern", (None,), _OWN_LAYERS),
     RefusedOption("use_inference_optimized_layers", (False,), _OWN_LAYERS, _CONFIG),
+    RefusedOption("inference_fuse_tp_communication", (False,), _OWN_LAYERS),
     RefusedOption("moe_use_upcycling", (False,), _OWN_LAYERS, _ARGUMENT),
     RefusedOption(
         "freeze_all_layers",
@@ -114,9 +115,16 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
         _ARGUMENT,
     ),
     RefusedOption("flash_decode", (False,), _OWN_ROPE),
+    RefusedOption(
+        "inference_dynamic_batching",
+        (False,),
+        "Step-3.5 generates with Megatron-Core's static context only",
+        _ARGUMENT,
+    ),
     RefusedOption("cuda_graph_impl", ("none", None), _CUDA_GRAPHS),
     RefusedOption("external_cuda_graph", (False,), _CUDA_GRAPHS),
     RefusedOption("enable_cuda_graph", (False,), _CUDA_GRAPHS),
+    RefusedOption("moe_pad_experts_for_cuda_graph_inference", (False,), _CUDA_GRAPHS),
     RefusedOption("use_kitchen", (False,), _OWN_LAYERS, _CONFIG),
     RefusedOption(
         "use_transformer_engine_op_fuser", (False,), "it would bypass the layers' own clamps"

@@ -144,17 +144,41 @@ def rotary_pos_emb(
                 f"sequence length {length}: expected a multiple of 2 * context_parallel_size = "
                 f"{2 * size}; change --seq-length or --context-parallel-size"
             )
-    table = _Table(
+    table = _table(plan, length, hidden_states.device, rank, size)
+    return _angles(table) if megatrons else _rotation(table)
+
+
+def generation_rotary_pos_emb(
+    plan: LayerPlan, config: TransformerConfig, length: int, device: torch.device
+) -> Tensor | Rotation:
+    """What turns q and k of one layer while a sequence is generated, for all of its positions.
+
+    Args:
+        plan: as for `rotary_pos_emb`.
+        config: says whether Transformer Engine's kernel rotates.
+        length: the most tokens that the sequence may come to have.
+        device: of q and k.
+
+    Returns:
+        A `Rotation` of `length` rows; with `apply_rope_fusion` angles, as `rotary_pos_emb` does.
+    """
+    table = _table(plan, length, device)
+    return _angles(table) if config.apply_rope_fusion else _rotation(table)
+
+
+def _table(
+    plan: LayerPlan, length: int, device: torch.device, cp_rank: int = 0, cp_size: int = 1
+) -> _Table:
+    return _Table(
         plan.kv_channels,
         plan.rotary_percent,
         plan.rotary_base,
         plan.rope_scaling,
         length,
-        hidden_states.device,
-        rank,
-        size,
+        device,
+        cp_rank,
+        cp_size,
     )
-    return _angles(table) if megatrons else _rotation(table)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

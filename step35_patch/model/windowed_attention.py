@@ -104,51 +104,65 @@ def attend_to_prefix(
     *,
     window_left: int | None,
     softmax_scale: float,
+    attention_mask: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
     """`windowed_attention` of the last tokens of a sequence to all of them.
 
-    With a window, as costly as windowed_attention of s + window_left tokens. Without one, the
-    mask takes s * keys numbers.
+    With a window, as costly as windowed_attention of s + window_left tokens, of which one token
+    alone takes the last row. With an attention_mask, and without a window, s * keys numbers are
+    kept; with both, s * (s + window_left).
 
     Args:
         query: [s, b, np, hn], of the last s tokens.
-        key: [keys, b, ng, hn], of all tokens; keys >= s.
+        key: [keys, b, ng, hn], of all tokens; keys >= s. Those that no query sees are not read.
         value: as key.
         window_left: as in `windowed_attention`.
         softmax_scale: as there.
-        dropout_p: as there.
+        attention_mask: bool [1 or b, 1, s, keys], True where a query may not see a key. A query
+            that may see none gets zeros.
+        dropout_p: as in `windowed_attention`.
 
     Returns:
         [s, b, np * hn] in the query's dtype.
     """
     s, keys = query.size(0), key.size(0)
-    if window_left is not None:
-        # What no query sees is left out; tokens before the first query get one that is dropped.
-        seen = min(keys, s + window_left)
-        padded = F.pad(query, (0, 0, 0, 0, 0, 0, seen - s, 0))
-        key, value = key[keys - seen :], value[keys - seen :]
-    else:
-        seen, padded = keys, query
-    if seen == padded.size(0):
+    seen = keys if window_left is None else min(keys, s + window_left)
+    key, value = key[keys - seen :], value[keys - seen :]
+    if attention_mask is None and (seen == s or (window_left is not None and s > 1)):
+        # Tokens before the first query get one that is dropped.
         return windowed_attention(
-            padded,
+            F.pad(query, (0, 0, 0, 0, 0, 0, seen - s, 0)),
             key,
             value,
             window_left=window_left,
             softmax_scale=softmax_scale,
             dropout_p=dropout_p,
         )[seen - s :]
+    positions = torch.arange(seen, device=query.device)
+    apart = positions[seen - s :, None] - positions
+    visible = (apart >= 0) if window_left is None else (apart >= 0) & (apart <= window_left)
+    visible = visible[None, None]
+    if attention_mask is not None:
+        visible = visible & ~attention_mask[..., keys - seen :]
     r = query.size(2) // key.size(2)
-    positions = torch.arange(keys, device=query.device)
+    if s == 1:
+        # The heads of a group become rows, so that what may be a long cache is not repeated.
+        q, k, v = query[0].unflatten(1, (-1, r)), key, value
+    else:
+        q = query.permute(1, 2, 0, 3)
+        k, v = (x.repeat_interleave(r, dim=2) for x in (key, value))
     out = _attend(
-        query.permute(1, 2, 0, 3),
-        key.repeat_interleave(r, dim=2).permute(1, 2, 0, 3),
-        value.repeat_interleave(r, dim=2).permute(1, 2, 0, 3),
-        positions <= positions[keys - s :, None],
+        q,
+        k.permute(1, 2, 0, 3),
+        v.permute(1, 2, 0, 3),
+        visible,
         softmax_scale,
         dropout_p,
+        may_be_blind=attention_mask is not None,
     )
+    if s == 1:
+        return out.flatten(1).unsqueeze(0)
     return out.permute(2, 0, 1, 3).flatten(2)
 
 

@@ -25,6 +25,7 @@ from step35_patch.config.comparison import ACCEPTED
 from step35_patch.costs import megatron_reports as reports
 from step35_patch.model import extra_state, mtp, muon
 from step35_patch.model.description import Step35Runtime, check, from_settings, runtime_for
+from step35_patch.model.generation import DYNAMIC_CONTEXT
 from step35_patch.model.layer import check_options
 from step35_patch.model.padded_vocabulary import mask_padded_columns
 from step35_patch.model.specs import decoder_layer_spec, mtp_layer_spec, step35_norm
@@ -194,6 +195,16 @@ def _check_model_arguments(call: dict[str, Any], runtime: Step35Runtime) -> None
     ]
     if lines:
         raise ValueError("GPTModel of Step-3.5:\n  " + "\n  ".join(lines))
+
+
+def dynamic_context_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """DynamicInferenceContext.__init__: refused before its cache is made.
+
+    StaticInferenceEngine tries one, and uses its static context where that fails.
+    """
+    if runtime_for(_bind(wrapped, args, kwargs)["model_config"]) is not None:
+        raise NotImplementedError(DYNAMIC_CONTEXT)
+    wrapped(*args, **kwargs)
 
 
 def process_mtp_loss(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:

@@ -52,6 +52,12 @@ TARGETS = (
     # Checkpoints of the other implementation. `load` is copied to where it is called from.
     Target(_GPT_MODEL, "GPTModel.sharded_state_dict", wrapper="gpt_model_sharded_state_dict"),
     Target("megatron.core.dist_checkpointing.serialization", "load", wrapper="load_sharded"),
+    # Generation with what knows no layers of different kinds.
+    Target(
+        "megatron.core.inference.contexts.dynamic_context",
+        "DynamicInferenceContext.__init__",
+        wrapper="dynamic_context_init",
+    ),
     # The optimizer: Muon, by published matrix. 0.17 makes it by a function of its own.
     Target("megatron.core.optimizer", "get_megatron_optimizer", "get_megatron_optimizer"),
     Target(

@@ -131,6 +131,19 @@ def test_padding_causal_with_a_mask_is_causal_with_that_mask():
     assert torch.equal(call(module, inputs, mask), call(attention(), inputs, mask))
 
 
+def test_the_last_tokens_of_a_sequence_alone():
+    """Keys that the window hides may be left out, while the mask has columns for all."""
+    q, k, v = random_qkv(50, 1, 4, 2, 16)
+    mask = document_mask(50, 20, 30)
+    kind = AttnMaskType.causal_bottom_right
+    for given in (None, mask):
+        whole = call(attention(), (q, k, v), given)[-5:]
+        own = None if given is None else given[:, :, -5:]
+        for keys in (50, 25):
+            last = call(attention(), (q[-5:], k[-keys:], v[-keys:]), own, kind)
+            torch.testing.assert_close(last, whole, rtol=1e-5, atol=1e-6)
+
+
 def dropping_attention(**changes):
     # Sequence parallelism: without it dropout asks Megatron-Core's CUDA generators.
     parallel = dict(tensor_model_parallel_size=2, sequence_parallel=True)
@@ -250,6 +263,8 @@ def test_what_it_does_not_do_is_an_error_when_it_is_called(arguments, message):
 def test_what_context_parallelism_cannot_do_is_an_error():
     module = attention(pg_collection=process_groups(tp=1, cp=4))
     inputs = random_qkv(8, 1, 4, 2, 16)
+    with pytest.raises(ValueError, match=r"attn_mask_type: .*found causal_bottom_right"):
+        call(module, inputs, mask_type=AttnMaskType.causal_bottom_right)
     with pytest.raises(ValueError, match=r"attention_mask: .*no-create-attention-mask"):
         call(module, inputs, mask=torch.zeros(1, 1, 8, 32, dtype=torch.bool))
     bounds = torch.tensor([0, 12, 32], dtype=torch.int32)

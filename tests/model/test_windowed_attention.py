@@ -298,3 +298,22 @@ def test_the_last_tokens_attend_as_in_the_whole_sequence(s, keys, window_left):
     whole = windowed_attention(q, k, v, **options)[keys - s :]
     last = attend_to_prefix(q[keys - s :], k, v, **options)
     torch.testing.assert_close(last, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window_left", [None, 0, 5, 20])
+@pytest.mark.parametrize("s", [1, 8])
+def test_the_last_tokens_attend_by_a_mask_too(s, window_left):
+    """Another one for each sample; the first hides all keys that the last query sees."""
+    mask = torch.cat([causal_mask(30), document_mask(30, 20, 10)])
+    mask[0, 0, -1] = True
+    q, k, v = random_qkv(30, 2, 6, 2, 16)
+    last = attend_to_prefix(
+        q[30 - s :],
+        k,
+        v,
+        window_left=window_left,
+        softmax_scale=0.25,
+        attention_mask=mask[:, :, 30 - s :],
+    )
+    whole = naive(q.double(), k.double(), v.double(), window_left, mask)[30 - s :].float()
+    torch.testing.assert_close(last, whole, rtol=1e-5, atol=1e-6)

@@ -295,13 +295,6 @@ def test_copy_of_the_embedding_is_marked_as_one(active):
     assert model.embedding.word_embeddings.weight.is_embedding_or_output_parameter
 
 
-def test_inference_context_is_refused(active):
-    model = build(active[2])
-    hidden = torch.zeros(4, 1, 32)
-    with pytest.raises(NotImplementedError, match="save_hf_weights"):
-        model.decoder.layers[0].self_attention(hidden, None, inference_context=object())
-
-
 def test_provider_says_when_the_package_is_off(active):
     provider = Step35ModelProvider.from_hf(active[2], transformer_impl="local")
     step35_patch.deactivate()
