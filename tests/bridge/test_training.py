@@ -69,6 +69,14 @@ def test_muon_is_an_optimizer_of_it(bridge_ranks, folder, trained, tmp_path):
     assert float(found[4][0]) < float(found[1][0])
 
 
+def test_finetuning_begins_with_a_checkpoints_weights(bridge_ranks, folder, trained, tmp_path):
+    pretrained = str(trained[0])
+    found = losses(train(bridge_ranks, folder, tmp_path, iterations=2, pretrained=pretrained))
+    assert list(found) == [1, 2]
+    # The first sequences once more, after four steps.
+    assert float(found[1][0]) < float(trained[1][1][0])
+
+
 def test_a_checkpoint_of_another_model_is_refused(bridge_ranks, folder, trained, tmp_path):
     checkpoint = shutil.copytree(trained[0], tmp_path / "checkpoint")
     ended = train(bridge_ranks, folder, checkpoint, fields={"window": "steptron"})

@@ -78,10 +78,12 @@ def train(folder: str, checkpoint: str, options: str) -> None:
     """Megatron-Bridge's own loop on mock data; a checkpoint each second iteration.
 
     It goes on from the checkpoint, if there is one. Options: `iterations`, how many this process
-    does; `optimizer`; `gate_layout`; `fields` of the provider; `accept_changed`.
+    does; `optimizer`; `gate_layout`; `fields` of the provider; `pretrained`, a checkpoint whose
+    weights are fine-tuned instead.
     """
     bridge_on_cpu.install_training()
     from megatron.bridge.training import config
+    from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
     from megatron.bridge.training.tokenizers.config import TokenizerConfig
@@ -94,7 +96,7 @@ def train(folder: str, checkpoint: str, options: str) -> None:
     for name, value in asked.get("fields", {}).items():
         setattr(provider, name, value)
     weight_decay = {"start_weight_decay": 0.1, "end_weight_decay": 0.1}
-    pretrain(
+    (finetune if "pretrained" in asked else pretrain)(
         config.ConfigContainer(
             model=provider,
             train=config.TrainingConfig(
@@ -131,7 +133,11 @@ def train(folder: str, checkpoint: str, options: str) -> None:
             logger=config.LoggerConfig(log_interval=1),
             tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=96),
             checkpoint=config.CheckpointConfig(
-                save=checkpoint, load=checkpoint, save_interval=2, ckpt_format="torch_dist"
+                save=checkpoint,
+                load=checkpoint,
+                pretrained_checkpoint=asked.get("pretrained"),
+                save_interval=2,
+                ckpt_format="torch_dist",
             ),
             rng=config.RNGConfig(seed=3),
             dist=config.DistributedInitConfig(distributed_backend="gloo"),
