@@ -8,14 +8,13 @@ from os import PathLike
 from typing import Any, Self
 
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from step35_patch import settings as process
 from step35_patch.config.model import Step35Config, Window
 from step35_patch.model.communication import cp_comm_type_problems
 from step35_patch.model.description import Step35Runtime, check, runtime_for
+from step35_patch.model.gpt import build_gpt_model
 from step35_patch.model.layer import check_options
 from step35_patch.model.megatron_fields import (
     FIELDS,
@@ -238,36 +237,17 @@ class Step35ModelProvider(TransformerConfig):
             RuntimeError: step35_patch was deactivated.
             ValueError: `cp_comm_type` is what Transformer Engine can't compute a layer with.
         """
-        if not process.enabled():
-            raise RuntimeError(
-                "step35_patch is not active: without its hooks the MTP layers would share one "
-                "output matrix; call step35_patch.activate() first"
-            )
         runtime_for(self)  # brings fields up to date that were set since
-        use_te = self.transformer_impl == "transformer_engine"
-        if use_te and self.context_parallel_size > 1:
+        if self.transformer_impl == "transformer_engine" and self.context_parallel_size > 1:
             self._check_communication()
-        # By the module, whose functions the hooks are around.
-        spec = gpt_layer_specs.get_gpt_decoder_block_spec(
-            self, use_transformer_engine=use_te, normalization="RMSNorm", vp_stage=vp_stage
-        )
-        mtp_spec = None
-        if self.mtp_num_layers:
-            mtp_spec = gpt_layer_specs.get_gpt_mtp_block_spec(
-                self, spec, use_transformer_engine=use_te, vp_stage=vp_stage
-            )
-        return GPTModel(
-            config=self,
-            transformer_layer_spec=spec,
+        return build_gpt_model(
+            self,
             vocab_size=self._padded_vocab_size(),
             max_sequence_length=self.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
-            parallel_output=self.parallel_output,
-            share_embeddings_and_output_weights=False,
-            position_embedding_type="rope",
-            mtp_block_spec=mtp_spec,
             vp_stage=vp_stage,
+            parallel_output=self.parallel_output,
         )
 
     def embedding_ranks(self, pp_ranks: list[int], *_: Any) -> list[int]:
