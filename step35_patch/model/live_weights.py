@@ -161,6 +161,13 @@ class _LiveModel:
     def _vocabulary(self, row: Row, parameter: Tensor) -> Entry:
         """Cut by rows, which Megatron-Core pads; the padding is zero and is not published."""
         (published,) = row.published
+        if parameter.shape[0] * self.tp.size() < published.shape[0]:
+            raise ValueError(
+                f"{row.key}: expected at least {published.shape[0]} rows over all ranks, found "
+                f"{parameter.shape[0]} on each of {self.tp.size()}; with a value head in place of "
+                "the output layer a model has no published layout: load the weights before it is "
+                "put there, and save the model in Megatron's format"
+            )
 
         def load(weights: Weights) -> Tensor:
             rows, rank = parameter.shape[0], self.tp.rank()

@@ -345,6 +345,12 @@ def has_output_heads(output_layer: torch.nn.Module) -> bool:
 def by_depth(output_layer: torch.nn.Module) -> OutputLayerByDepth:
     """The output layer that process_mtp_loss is given for a Step-3.5 model."""
     layers = getattr(output_layer, _LINK, None)
+    if layers is None and not isinstance(output_layer, tensor_parallel.ColumnParallelLinear):
+        raise RuntimeError(
+            f"output_layer: expected the model's own, found a {type(output_layer).__name__} in its "
+            "place: with a value head, or an adapter around it, MTP layers have nothing to predict "
+            "with. Build the model without them: mtp_num_layers=0, or --mtp-num-layers 0"
+        )
     if layers is None:
         raise RuntimeError(
             "this Step-3.5 model has no output matrices for its MTP layers: it was built before "
