@@ -43,7 +43,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("costs", "checkpoint", "arguments"),
     ("verify", "patch"),
     ("convert",),
-    ("bridge",),
+    ("bridge", "frameworks"),
     ("commands",),
     ("cli",),
     ("__main__", "__init__"),

@@ -70,3 +70,13 @@ def transformers_place(info: TensorInfo) -> Place:
 def is_of_transformers(stored: Container[str]) -> bool:
     """Whether stored tensors have the names of transformers' modules."""
     return _LANGUAGE_MODEL + EMBEDDING.removeprefix(_MODEL) in stored
+
+
+def expert_name(published: str, expert: int) -> str:
+    """What vLLM's Step-3.5 reads one routed expert's part of a published tensor by.
+
+    Args:
+        published: The name of the tensor with all experts of a layer.
+        expert: Its number in the whole model.
+    """
+    return published.replace(".moe.", f".moe.experts.{expert}.")
