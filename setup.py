@@ -14,6 +14,7 @@ STARTUP = [
     "startup/a1_step35_patch.pth",
     "startup/a1_step35_patch.start",
     "startup/step35_patch_startup.py",
+    "startup/step35_patch_verl.py",
 ]
 
 

@@ -67,8 +67,10 @@ def is_there(name: str) -> bool:
             try:
                 thing = importlib.import_module(found)
             except ModuleNotFoundError as error:
-                # Megatron-Bridge is not where these tests run.
-                return (error.name or "").startswith("megatron.bridge") and is_written(name)
+                # Megatron-Bridge and mbridge are not where these tests run.
+                return (error.name or "").startswith(("megatron.bridge", "mbridge")) and is_written(
+                    name
+                )
     return True
 
 

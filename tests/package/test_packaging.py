@@ -16,7 +16,10 @@ from support.installed import (
     pip,
 )
 
-STARTUP = {"a1_step35_patch.pth", "a1_step35_patch.start", "step35_patch_startup.py"}
+STARTUP = {
+    *("a1_step35_patch.pth", "a1_step35_patch.start"),
+    *("step35_patch_startup.py", "step35_patch_verl.py"),
+}
 
 
 @pytest.fixture(scope="session")
