@@ -145,7 +145,9 @@ class _Qkv:
         (whole,) = packed.values()
         q, g, k, v = split_rows(whole, self.layout)
         parts = {"q": q, "k": k, "v": v, "g": g}
-        return {self.hf_param[letter]: part for letter, part in parts.items() if part is not None}
+        return {
+            self.hf_param[letter]: part for letter, part in parts.items() if part is not None
+        }
 
     def resolve(self, captures: tuple[str, ...]) -> _Qkv:
         """Its name has no wildcard."""
