@@ -57,7 +57,7 @@ def slime_provider(
     if args is None:
         from step35_patch.model.provider import Step35ModelProvider
 
-        provider = Step35ModelProvider.from_hf(
+        provider = Step35ModelProvider.of(
             settings.config,
             gate_layout=settings.gate_layout,
             window=settings.window,
@@ -91,9 +91,16 @@ def slime_init(args: Any) -> None:
 
     Raises:
         Step35ActivationError: no config is given, or it cannot be used.
+        ValueError: experts are cut over ranks as modules of their own, which slime does not count.
         RuntimeError: this slime has no such function.
     """
     runtime = from_settings(_asked_for("slime_init"))
+    if args.expert_model_parallel_size > 1 and not args.moe_grouped_gemm:
+        raise ValueError(
+            "--moe-grouped-gemm: expected it with --expert-model-parallel-size "
+            f"{args.expert_model_parallel_size}: without it slime takes each rank's first expert "
+            "for the model's first; give it"
+        )
     module = importlib.import_module(_SLIME_WEIGHTS)
     original = getattr(module, _CONVERT, None)
     if original is None:

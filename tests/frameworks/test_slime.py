@@ -21,6 +21,8 @@ from step35_patch.frameworks import slime_init, slime_provider
 
 pytestmark = [pytest.mark.megatron, pytest.mark.transformer_engine]
 
+# Of slime's, what is asked for.
+ARGS = types.SimpleNamespace(expert_model_parallel_size=1, moe_grouped_gemm=False)
 GLOBAL_VARS = "megatron.training.global_vars"
 
 
@@ -105,7 +107,7 @@ def test_without_arguments_the_groups_sizes_decide(folder, monkeypatch):
     assert model.config.step35.config.fingerprint == build(folder).config.step35.config.fingerprint
 
 
-@pytest.mark.parametrize("function", [slime_provider, lambda: slime_init(None)])
+@pytest.mark.parametrize("function", [slime_provider, lambda: slime_init(ARGS)])
 def test_without_a_config_it_is_refused(monkeypatch, function):
     initialize_megatron()
     monkeypatch.delenv("STEP35_CONFIG", raising=False)
@@ -130,8 +132,8 @@ def slime_weights(monkeypatch):
 
 def test_slime_sends_step35_s_weights_as_published(folder, slime_weights):
     model = build(folder)
-    slime_init(None)
-    slime_init(None)  # once more changes nothing
+    slime_init(ARGS)
+    slime_init(ARGS)  # once more changes nothing
     sent = {}
     buffers = {name: b for name, b in model.named_buffers() if name.endswith("expert_bias")}
     for name, tensor in [*model.named_parameters(), *buffers.items()]:
@@ -143,7 +145,7 @@ def test_slime_sends_step35_s_weights_as_published(folder, slime_weights):
 
 
 def test_other_models_weights_are_slime_s_own(folder, slime_weights):
-    slime_init(None)
+    slime_init(ARGS)
     tensor = torch.zeros(1)
     assert slime_weights._convert_to_hf_core(None, "qwen3", "x", tensor) == [("qwen3", tensor)]
 
@@ -151,4 +153,12 @@ def test_other_models_weights_are_slime_s_own(folder, slime_weights):
 def test_slime_without_that_function_is_refused(folder, slime_weights):
     del slime_weights._convert_to_hf_core
     with pytest.raises(RuntimeError, match="expected _convert_to_hf_core, found no such function"):
-        slime_init(None)
+        slime_init(ARGS)
+
+
+def test_experts_that_slime_would_count_wrongly_are_refused(folder, slime_weights):
+    args = types.SimpleNamespace(expert_model_parallel_size=2, moe_grouped_gemm=False)
+    with pytest.raises(ValueError, match="--moe-grouped-gemm: expected it with"):
+        slime_init(args)
+    args.moe_grouped_gemm = True
+    slime_init(args)
