@@ -100,6 +100,14 @@ def test_provider_takes_what_the_arguments_say(folder, arguments):
     assert model.decoder.layers[1].config.window_size == (8, 0)
 
 
+def test_provider_hands_on_the_stage_and_the_loss_s_precision(folder, arguments):
+    arguments("--fp16", "--fp16-lm-cross-entropy", "--mtp-num-layers", "0")
+    model = slime_provider(pre_process=False, post_process=True)
+    assert not hasattr(model, "embedding")
+    assert model.output_layer.weight.dtype == torch.float16
+    assert model.fp16_lm_cross_entropy
+
+
 def test_without_arguments_the_groups_sizes_decide(folder, monkeypatch):
     monkeypatch.delitem(sys.modules, GLOBAL_VARS, raising=False)
     model = slime_provider()
@@ -133,7 +141,9 @@ def slime_weights(monkeypatch):
 def test_slime_sends_step35_s_weights_as_published(folder, slime_weights):
     model = build(folder)
     slime_init(ARGS)
-    slime_init(ARGS)  # once more changes nothing
+    once = slime_weights._convert_to_hf_core
+    slime_init(ARGS)
+    assert slime_weights._convert_to_hf_core is once
     sent = {}
     buffers = {name: b for name, b in model.named_buffers() if name.endswith("expert_bias")}
     for name, tensor in [*model.named_parameters(), *buffers.items()]:

@@ -1,7 +1,7 @@
 """Trainers' own model-provider and weight-sync code with this package's model.
 
-It is fetched by whoever runs this, and not copied: STEP35_TEST_SLIME and STEP35_TEST_AREAL are
-checkouts, with what they import on the interpreter's path. docs/frameworks.md names the commits.
+It is fetched by whoever runs this, and not copied: STEP35_TEST_SLIME and STEP35_TEST_AREAL are each
+a checkout and folders with what it imports, with colons. docs/frameworks.md names the commits.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("trainer", "checkout"),
+    ("trainer", "paths"),
     [
         pytest.param("slime", SLIME, marks=needs_slime),
         pytest.param("areal", AREAL, marks=needs_areal),
     ],
 )
-def test_trainer_sends_the_published_tensors(ranks, folder, trainer, checkout, layout):
+def test_trainer_sends_the_published_tensors(ranks, folder, trainer, paths, layout):
     processes, options = LAYOUTS[layout]
     if trainer == "areal" and EP in options:
         pytest.skip("AReaL gathers experts over the ranks in its engine, which wants a GPU")
     code = f"from support import trainer_worker; trainer_worker.{trainer}(*arguments)"
-    ended = ranks.run(code, processes, checkout, folder, json.dumps(options))
+    ended = ranks.run(code, processes, paths, folder, json.dumps(options))
     assert ended.statuses == [0] * processes, ended.text[-6000:]
     assert ended.text.count(" sent\n") == processes
 
@@ -71,7 +71,8 @@ def slime_models(folder, monkeypatch):
 
     from step35_patch.arguments import CPU_ARGUMENTS
 
-    monkeypatch.syspath_prepend(SLIME)
+    for path in reversed(SLIME.split(os.pathsep)):
+        monkeypatch.syspath_prepend(path)
     initialize_megatron()
     step35_patch.activate()
 

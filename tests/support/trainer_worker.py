@@ -26,17 +26,19 @@ class Wrapped(torch.nn.Module):
         self.module, self.config = module, module.config
 
 
-def import_around(path: str, package: str, module: str, *left_out: str) -> Any:
+def import_around(paths: str, package: str, module: str, *left_out: str) -> Any:
     """A module of a checkout, without its package's own imports or those of some of its modules.
 
     Args:
-        path: of the checkout.
+        paths: of the checkout, and of what it imports.
         package: whose `__init__` is left out, as it imports the whole trainer.
         module: to be imported.
         left_out: modules in whose place there is an empty one, for what only runs on a GPU.
     """
+    checkout, *imports = paths.split(os.pathsep)
+    sys.path += imports
     top = types.ModuleType(package)
-    top.__path__ = [str(Path(path, package))]
+    top.__path__ = [str(Path(checkout, package))]
     sys.modules[package] = top
     for name in left_out:
         sys.modules[name] = types.ModuleType(name)
@@ -78,12 +80,12 @@ def _compare(sent: dict[str, torch.Tensor], chunks: list[torch.nn.Module], wante
     sys.stdout.flush()
 
 
-def slime(path: str, hf_dir: str, layout: str) -> None:
+def slime(paths: str, hf_dir: str, layout: str) -> None:
     """slime's iterator over the published tensors, which gathers over all groups."""
     base = "slime.backends.megatron_utils"
     # Of sglang it needs what shares GPU memory between processes.
     direct = import_around(
-        path, "slime", f"{base}.update_weight.hf_weight_iterator_direct", f"{base}.sglang"
+        paths, "slime", f"{base}.update_weight.hf_weight_iterator_direct", f"{base}.sglang"
     )
     common = importlib.import_module(f"{base}.update_weight.common")
     chunks, args = _setup(hf_dir, layout)
@@ -99,11 +101,11 @@ def slime(path: str, hf_dir: str, layout: str) -> None:
     _compare(dict(pairs), chunks, wanted)
 
 
-def areal(path: str, hf_dir: str, layout: str) -> None:
+def areal(paths: str, hf_dir: str, layout: str) -> None:
     """AReaL's names and gathering of one stage's weights, and its choice of what converts them."""
     base = "areal.engine.megatron_utils"
     megatron = import_around(
-        path, "areal", f"{base}.megatron", f"{base}.fp8", f"{base}.megatron_lora"
+        paths, "areal", f"{base}.megatron", f"{base}.fp8", f"{base}.megatron_lora"
     )
     chunks, args = _setup(hf_dir, layout)
     whole = WholeTensors(chunks[0].config)
