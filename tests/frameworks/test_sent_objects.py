@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -98,6 +99,14 @@ def test_specs_build_the_same_model_afterwards(folder, way):
         mtp_block_spec=mtp_spec,
     )
     assert torch.equal(logits_of(model, folder), logits_of(build(folder), folder))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_wrapped_builder_stays_the_wrapped_one(way):
+    """As in a partial, which trainers keep for their workers."""
+    builder = gpt_layer_specs.get_gpt_decoder_block_spec
+    again = WAYS[way](functools.partial(builder, normalization="RMSNorm"))
+    assert again.func is builder
 
 
 @pytest.mark.transformer_engine

@@ -89,6 +89,7 @@ def test_signature_is_slime_s():
 def test_provider_builds_the_environment_s_model_with_megatron_s_arguments(folder, arguments):
     arguments()
     model = slime_provider(pre_process=True, post_process=True, vp_stage=None)
+    assert model.max_sequence_length == tiny_config()["max_position_embeddings"]
     assert_same_model(model, folder)
 
 
