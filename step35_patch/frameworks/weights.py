@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,17 +14,13 @@ from step35_patch.model.description import Step35Runtime, runtime_for
 from step35_patch.settings import GATE_LAYOUTS
 from step35_patch.tensors.qkv import gate_rows, refuse_drift, split_rows
 from step35_patch.tensors.spelling import expert_name
-from step35_patch.tensors.table import MadeOf, Row, tensor_table
+from step35_patch.tensors.table import MadeOf, Row, live_names, tensor_table
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
 # What wrappers (Float16Module, DistributedDataParallel) put before a name, each once.
 _WRAPPER = "module."
-# An MTP module's decoder layer, in checkpoints and in the module.
-_SAVED_LAYER, _LIVE_LAYER = ".transformer_layer.", ".mtp_model_layer."
-# All experts of a layer, in checkpoints; each one in the module: a module of its own, or grouped.
-_SAVED_EXPERTS, _SEQUENTIAL, _GROUPED = ".experts.experts.", ".experts.local_experts.", ".experts."
 
 
 class _Place(NamedTuple):
@@ -203,19 +199,7 @@ def _runtime_of(config: object) -> Step35Runtime | None:
 def _places(config: Step35Config, gate_layout: str) -> dict[str, _Place]:
     """Every name that a weight goes by."""
     return {
-        name: place
+        name: _Place(row, expert)
         for row in tensor_table(config, gate_layout)
-        for saved, place in _names(row)
-        for name in (saved, saved.replace(_SAVED_LAYER, _LIVE_LAYER))
+        for name, expert in ((row.key, None), *live_names(row))
     }
-
-
-def _names(row: Row) -> Iterator[tuple[str, _Place]]:
-    yield row.key, _Place(row)
-    if row.local_path is not None:
-        yield row.prefix + row.local_path, _Place(row)
-    if row.is_expert:
-        for expert in range(row.shape[0]):
-            one = _Place(row, expert)
-            yield row.key.replace(_SAVED_EXPERTS, f"{_SEQUENTIAL}{expert}."), one
-            yield f"{row.key.replace(_SAVED_EXPERTS, _GROUPED)}{expert}", one

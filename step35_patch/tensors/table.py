@@ -195,6 +195,27 @@ def mtp_prefix(config: Step35Config, plan: LayerPlan) -> str:
     return f"mtp.layers.{plan.index - config.num_hidden_layers}."
 
 
+def live_names(row: Row) -> Iterator[tuple[str, int | None]]:
+    """What the parameters of a live model may be called that a row stands for.
+
+    Layers and experts are counted over the whole model.
+
+    Yields:
+        A name, and the number of the routed expert whose parameter it is, or None.
+    """
+    # An MTP module's decoder layer has another name there than in a checkpoint.
+    prefix = row.prefix.replace(".transformer_layer.", ".mtp_model_layer.")
+    if not row.is_expert:
+        yield from ((prefix + path, None) for path in (row.path, row.local_path) if path)
+        return
+    experts, linear, weight = row.path.rsplit(".", 2)
+    experts = experts.removesuffix(".experts")
+    for expert in range(row.shape[0]):
+        # A module of its own, or grouped with the others.
+        yield f"{prefix}{experts}.local_experts.{expert}.{linear}.{weight}", expert
+        yield f"{prefix}{experts}.{linear}.{weight}{expert}", expert
+
+
 def mtp_head(plan: LayerPlan) -> str:
     """The published name of an MTP layer's output matrix."""
     return f"model.layers.{plan.index}.{_MTP_HEAD}.weight"
