@@ -25,7 +25,7 @@ from torch import Tensor
 from step35_patch.config.model import Step35Config
 from step35_patch.tensors.qkv import join_rows, split_rows
 from step35_patch.tensors.qkv_layout import QkvLayout
-from step35_patch.tensors.table import Cut, MadeOf, Row, tensor_table
+from step35_patch.tensors.table import Cut, MadeOf, Row, live_names, tensor_table
 
 _PARALLEL = {
     Cut.WHOLE: ReplicatedMapping,
@@ -42,25 +42,17 @@ def mappings_of(config: Step35Config, gate_layout: str) -> Iterator[MegatronPara
         gate_layout: "headwise" or "expanded".
     """
     for row in tensor_table(config, gate_layout):
-        for name in live_names(row):
+        for name in _names(row):
             yield _mapping(row, name)
 
 
-def live_names(row: Row) -> list[str]:
-    """What a GPTModel's parameters may be called that a row stands for; `*` is an expert's number.
-
-    Layers and experts are numbered over all ranks.
-    """
-    # In checkpoints an MTP module's decoder layer has another name than in the model.
-    prefix = re.sub(r"^(mtp\.layers\.\d+\.)transformer_layer\.", r"\1mtp_model_layer.", row.prefix)
-    if row.is_expert:
-        experts, linear, _ = row.path.rsplit(".", 2)
-        experts = experts.removesuffix(".experts")
-        return [
-            f"{prefix}{experts}.{linear}.weight*",
-            f"{prefix}{experts}.local_experts.*.{linear}.weight",
-        ]
-    return [prefix + path for path in (row.path, row.local_path) if path is not None]
+def _names(row: Row) -> Iterator[str]:
+    """Its parameters' names in a model, those of all experts as one with `*` for the number."""
+    for name, expert in live_names(row):
+        if expert is None:
+            yield name
+        elif expert == 0:
+            yield re.sub(r"(?<=\.local_experts\.)0(?=\.)|(?<=\.weight)0$", "*", name)
 
 
 def _mapping(row: Row, name: str) -> MegatronParamMapping:
@@ -145,9 +137,7 @@ class _Qkv:
         (whole,) = packed.values()
         q, g, k, v = split_rows(whole, self.layout)
         parts = {"q": q, "k": k, "v": v, "g": g}
-        return {
-            self.hf_param[letter]: part for letter, part in parts.items() if part is not None
-        }
+        return {self.hf_param[letter]: part for letter, part in parts.items() if part is not None}
 
     def resolve(self, captures: tuple[str, ...]) -> _Qkv:
         """Its name has no wildcard."""
