@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from step35_patch.model.adapters import ADAPTER, base_of
 from step35_patch.model.description import Step35Runtime
 from step35_patch.model.layer import Step35DecoderLayer
 from step35_patch.tensors.published import Weights
@@ -83,10 +84,10 @@ def own_values(parameter: Tensor) -> Tensor:
 
 
 def _find(module: torch.nn.Module, path: str) -> Tensor | None:
-    """The parameter or buffer at a dotted path below a module, or None."""
+    """The parameter or buffer at a dotted path below a module, or None; adapters apart."""
     found: object = module
     for name in path.split("."):
-        found = getattr(found, name, None)
+        found = getattr(base_of(found), name, None)
     return found if isinstance(found, Tensor) else None
 
 
@@ -240,16 +241,23 @@ def _expert_weight(experts: Any, linear: str, position: int) -> Tensor:
     """The weight of one of a rank's experts, which are modules of their own or grouped in one."""
     parameter: Tensor
     if hasattr(experts, "local_experts"):
-        parameter = getattr(experts.local_experts[position], linear).weight
+        parameter = base_of(getattr(experts.local_experts[position], linear)).weight
     else:
-        parameter = getattr(getattr(experts, linear), f"weight{position}")
+        parameter = getattr(base_of(getattr(experts, linear)), f"weight{position}")
     return parameter
 
 
 def _check_covered(model: torch.nn.Module, entries: list[Entry]) -> None:
-    """Every parameter and router bias must have an entry: none may keep its random start."""
+    """Every parameter and router bias must have an entry: none may keep its random start.
+
+    Adapters have none.
+    """
     known = {id(entry.parameter) for entry in entries}
-    forgotten = [name for name, value in model.named_parameters() if id(value) not in known]
+    forgotten = [
+        name
+        for name, value in model.named_parameters()
+        if id(value) not in known and ADAPTER not in name
+    ]
     if forgotten:
         raise ValueError(
             "parameters of the model that the published layout does not have:\n  "
