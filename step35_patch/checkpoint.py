@@ -65,7 +65,8 @@ def _check_adapters(
         f"adapters: expected {' or '.join(map(repr, legal))}, found {found!r}"
         + f", of a model with {len(adapted)} adapters; 'apart' takes the weights without them "
         "(AutoBridge's save_hf_adapter saves the adapters)"
-        + ", 'merged' with their products added" * ("merged" in legal)
+        + ", 'merged' with their products added"
+        * ("merged" in legal)
     )
 
 
@@ -196,12 +197,12 @@ def load_hf_weights(
     Raises:
         CheckpointError: the files are not that; everything wrong is listed, and no parameter has
             been changed.
-        ValueError: the model has adapters, and `adapters` is None; the parameters have fp32 main parameters, and `optimizer` is missing, is
-            another model's or cannot be told (the precision-aware one of Transformer Engine after
-            its first step); or as for `published_tensors_of`. Other copies of the parameters
-            leave no trace on them, and are not noticed without `optimizer`: those on the CPU of
-            an offloaded optimizer for a model in fp32, or those of an optimizer that is not
-            Megatron's.
+        ValueError: the model has adapters, and `adapters` is None; the parameters have fp32 main
+            parameters, and `optimizer` is missing, is another model's or cannot be told (the
+            precision-aware one of Transformer Engine after its first step); or as for
+            `published_tensors_of`. Other copies of the parameters leave no trace on them, and are
+            not noticed without `optimizer`: those on the CPU of an offloaded optimizer for a model
+            in fp32, or those of an optimizer that is not Megatron's.
     """
     chunks = _bare_chunks(model)
     _check_adapters(chunks, adapters, ("apart",))

@@ -31,6 +31,8 @@ class AdapterBridge(MegatronModelBridge):
     """What Step35Bridge does otherwise than Megatron-Bridge with adapters."""
 
     _runtime: Step35Runtime | None = None
+    # The rows of the table by the published tensors that they are made of; known with the runtime.
+    _rows: dict[str, Row]
 
     def know(self, megatron_model: Any) -> Step35Runtime:
         """Note the gate layout of a model, and return what it is.
@@ -44,6 +46,8 @@ class AdapterBridge(MegatronModelBridge):
                 "megatron_model: expected a Step-3.5 model, found one whose config is not this "
                 "package's; make it by AutoBridge's to_megatron_provider"
             )
+        table = tensor_table(runtime.config, runtime.gate_layout)
+        self._rows = {tensor.name: row for row in table for tensor in row.published}
         return runtime
 
     def build_adapter_conversion_tasks(
@@ -82,10 +86,10 @@ class AdapterBridge(MegatronModelBridge):
                 adapters and others have none, though they are published as one tensor.
         """
         experts: dict[str, list[Tensor]] = {}
-        rows = self._rows(self.know(megatron_model))
+        self.know(megatron_model)
         exported = super().stream_adapter_weights_megatron_to_hf(megatron_model, *args, **kwargs)
         for name, weight in exported:
-            row = rows[_LORA.sub(".weight", name)]
+            row = self._rows[_LORA.sub(".weight", name)]
             if not row.is_expert or weight.dim() == 3:
                 yield HFWeightTuple(name, weight)
                 continue
@@ -101,11 +105,6 @@ class AdapterBridge(MegatronModelBridge):
                 + "\n  ".join(f"{name}: {len(found)}" for name, found in experts.items())
             )
 
-    def _rows(self, runtime: Step35Runtime) -> dict[str, Row]:
-        """The rows of the table by the published tensors that they are made of."""
-        table = tensor_table(runtime.config, runtime.gate_layout)
-        return {tensor.name: row for row in table for tensor in row.published}
-
     def _by_published_name(self, names: Iterable[str], linear_out: Tensor) -> dict[str, Tensor]:
         """The rows of B that belong to each of a parameter's published tensors.
 
@@ -113,9 +112,7 @@ class AdapterBridge(MegatronModelBridge):
             names: of the published tensors.
             linear_out: B, over all tensor-parallel ranks: [rows, r], or [experts, rows, r].
         """
-        assert self._runtime is not None  # known since the tasks were built
-        rows = self._rows(self._runtime)
-        row = rows[next(iter(names))]
+        row = self._rows[next(iter(names))]
         published = [tensor.name for tensor in row.published]
         if row.qkv is not None:
             q, *g, k, v = published
@@ -128,9 +125,7 @@ class AdapterBridge(MegatronModelBridge):
             of_others = parallel_state.get_tensor_model_parallel_world_size
             ranks = of_experts() if row.is_expert else of_others()
             parts = linear_out.unflatten(-2, (ranks, len(published), -1)).unbind(-3)
-            return {
-                name: part.flatten(-3, -2) for name, part in zip(published, parts, strict=True)
-            }
+            return {name: part.flatten(-3, -2) for name, part in zip(published, parts, strict=True)}
         if row.is_vocabulary:
             linear_out = linear_out[: row.shape[0]]
         return {published[0]: linear_out}

@@ -36,11 +36,11 @@ def adapted_modules(chunks: Iterable[torch.nn.Module]) -> dict[str, Any]:
 
 
 def adapter_problems(wrappers: dict[str, Any]) -> list[str]:
-    """A line for each adapter of a kind that does not go with a Step-3.5 model."""
+    """A line for each adapter of a kind, or in a place, that does not go with a Step-3.5 model."""
     return [
-        f"{name}: expected a LoRA adapter, {found}"
+        f"{name}: expected {problem}"
         for name, wrapper in wrappers.items()
-        if (found := _problem(wrapper.adapter))
+        if (problem := _problem(wrapper))
     ]
 
 
@@ -50,19 +50,43 @@ def check_adapters(chunks: Iterable[torch.nn.Module]) -> None:
         raise ValueError("adapters of a Step-3.5 model:\n  " + "\n  ".join(problems))
 
 
-def _problem(adapter: torch.nn.Module) -> str | None:
+def _problem(wrapper: Any) -> str | None:
+    adapter = wrapper.adapter
     if not hasattr(adapter, "linear_in"):
         return (
-            "found those of q, k and v or of gate and up apart (CanonicalLoRA), which don't know "
-            "the gate's rows; use LoRA on linear_qkv and linear_fc1, whose adapters are exported "
-            "as q, k, v and g apart"
+            "a LoRA adapter, found those of q, k and v or of gate and up apart (CanonicalLoRA), "
+            "which don't know the gate's rows; use LoRA on linear_qkv and linear_fc1, whose "
+            "adapters are exported as q, k, v and g apart"
         )
     if hasattr(adapter, "weight_magnitude"):
         return (
-            "found a DoRA adapter, whose magnitudes neither a merged nor a separate export of "
-            "Megatron-Bridge has; use LoRA"
+            "a LoRA adapter, found one of DoRA, whose magnitudes neither a merged nor a separate "
+            "export of Megatron-Bridge has; use LoRA"
+        )
+    if (ranks := _group(adapter).size()) == 1:
+        return None
+    if adapter.is_expert and adapter.input_is_parallel:
+        return (
+            f"no adapter on routed experts' linear_fc2 with expert_tensor_parallel_size {ranks}, "
+            "where the ranks' outputs are summed later and Megatron-Bridge's adapter adds what is "
+            "no part of the sum; set expert_tensor_parallel_size to 1, or leave "
+            "'*.experts.*linear_fc2' out of target_modules"
+        )
+    if not adapter.base_linear_is_parallel and adapter.config.sequence_parallel:
+        return (
+            f"no adapter here with sequence_parallel on {ranks} tensor-parallel ranks, whose "
+            "different tokens Megatron-Bridge's adapter would mix; set "
+            "tensor_model_parallel_size to 1, or leave the router out of target_modules"
         )
     return None
+
+
+def _group(adapter: Any) -> ProcessGroup:
+    """The ranks over which an adapter's matrices are cut."""
+    group: ProcessGroup = (
+        adapter.tp_group if hasattr(adapter, "tp_group") else adapter.expert_tp_group
+    )
+    return group
 
 
 def merged_values(chunks: Sequence[torch.nn.Module]) -> Callable[[Tensor], Tensor]:
@@ -103,7 +127,7 @@ def _product(adapter: Any, expert: int) -> Tensor:
         weight.data[expert] if weight.dim() == 3 else weight.data
         for weight in (adapter.linear_in.weight, adapter.linear_out.weight)
     )
-    group = adapter.tp_group if hasattr(adapter, "tp_group") else adapter.expert_tp_group
+    group = _group(adapter)
     whole = not adapter.base_linear_is_parallel
     if whole or not adapter.input_is_parallel:
         a = _rows(a, group)

@@ -120,7 +120,7 @@ class Step35SelfAttention(SelfAttention):
         """linear_qkv's matrix and the B of a LoRA adapter around it, which has the same rows."""
         # Through .data: micro-batches in flight hold the weight, and none uses the other rows.
         matrices = [base_of(self.linear_qkv).weight.data]
-        adapter = getattr(self.linear_qkv, "adapter", None)
+        adapter: Any = getattr(self.linear_qkv, "adapter", None)
         if hasattr(adapter, "linear_out"):
             matrices.append(adapter.linear_out.weight.data)
         return matrices

@@ -7,24 +7,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 # The first to import Megatron-Bridge, on a CPU.
-from support.bridge_worker import provided
+from support.bridge_worker import provided  # isort: skip
 
-import pytest  # noqa: E402  isort: skip
-import torch  # noqa: E402
-from megatron.bridge import AutoBridge  # noqa: E402
-from megatron.bridge.peft.canonical_lora import CanonicalLoRA  # noqa: E402
-from megatron.bridge.peft.dora import DoRA  # noqa: E402
-from megatron.bridge.peft.lora import LoRA  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from megatron.bridge import AutoBridge
+from megatron.bridge.peft.canonical_lora import CanonicalLoRA
+from megatron.bridge.peft.dora import DoRA
+from megatron.bridge.peft.lora import LoRA
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from safetensors.torch import load_file
 
-from step35_patch.checkpoint import (  # noqa: E402
+from step35_patch.checkpoint import (
     load_hf_weights,
     published_tensors_of,
     save_hf_weights,
 )
+from step35_patch.model.adapters import check_adapters
+from step35_patch.tensors.qkv import DriftedGateError, gate_rows
 
 Chunks = list[torch.nn.Module]
 
@@ -35,8 +38,8 @@ EVERY_LINEAR = [
 ALPHA, DIM = 8, 4
 
 
-def lora(targets: list[str] = EVERY_LINEAR, **options: Any) -> LoRA:
-    return LoRA(target_modules=list(targets), dim=DIM, alpha=ALPHA, **options)
+def lora(target_modules: list[str] = EVERY_LINEAR, **options: Any) -> LoRA:
+    return LoRA(target_modules=list(target_modules), dim=DIM, alpha=ALPHA, **options)
 
 
 def losses(chunks: Chunks, tokens: torch.Tensor) -> torch.Tensor:
@@ -100,7 +103,9 @@ def product(exported: dict[str, torch.Tensor], name: str) -> torch.Tensor | floa
     return 0.0 if a is None or b is None else ALPHA / a.shape[-2] * (b @ a)
 
 
-def check_exports(bridge: AutoBridge, chunks: Chunks, weights: dict[str, torch.Tensor]) -> None:
+def check_exports(
+    bridge: AutoBridge, chunks: Chunks, weights: dict[str, torch.Tensor], without: list[str]
+) -> None:
     """Merged is base + B A, of each published tensor, both by Megatron-Bridge and by us."""
     merged = dict(bridge.export_hf_weights(chunks, show_progress=False))
     exported = dict(bridge.export_adapter_weights(chunks, show_progress=False))
@@ -111,8 +116,11 @@ def check_exports(bridge: AutoBridge, chunks: Chunks, weights: dict[str, torch.T
     for name, tensor in weights.items():
         assert torch.equal(base[name], tensor), name
         assert close(merged[name], tensor + product(exported, name)), name
-    linear = {name for name in weights if "norm" not in name and "router_bias" not in name}
-    linear.remove("model.embed_tokens.weight")
+    linear = {
+        name
+        for name in weights
+        if not any(part in name for part in ["norm", "router_bias", "embed_tokens", *without])
+    }
     adapted = {name.rsplit(".lora_")[0] + ".weight" for name in exported}
     assert adapted == linear, adapted ^ linear
 
@@ -134,18 +142,31 @@ def check_refused_without_a_choice(chunks: Chunks, folder: Path, out: Path) -> N
     assert not (out / "no").exists()
 
 
-def adapt(folder: str, out: str, gate_layout: str, fields: str, options: str) -> None:
-    """LoRA on every linear layer of a folder's model, in one layout."""
+def adapt(folder: str, out: str, gate_layout: str, fields: str, options: str, without: str) -> None:
+    """LoRA on every linear layer of a folder's model but some, in one layout.
+
+    Args:
+        folder: in the published layout, with tokens.pt.
+        out: a folder to write in.
+        gate_layout: of the model.
+        fields: of the provider, as JSON.
+        options: of LoRA, as JSON.
+        without: parts of names of published tensors that are to have no adapters, as JSON.
+    """
     own = json.loads(fields)
     bridge, chunks = provided(Path(folder), gate_layout, own)
-    weights, tokens = load_file(Path(folder, "model.safetensors")), torch.load(f"{folder}/tokens.pt")
+    weights, tokens = (
+        load_file(Path(folder, "model.safetensors")),
+        torch.load(f"{folder}/tokens.pt"),
+    )
     whole = parallel_state.get_pipeline_model_parallel_world_size() == 1
     plain = losses(chunks, tokens) if whole else None
     chunks = lora(**json.loads(options))(chunks)
+    check_adapters(chunks)
     if plain is not None:
         check_start(chunks, tokens, plain)
     draw(chunks)
-    check_exports(bridge, chunks, weights)
+    check_exports(bridge, chunks, weights, json.loads(without))
     check_refused_without_a_choice(chunks, Path(folder), Path(out))
     save_hf_weights(chunks, f"{out}/merged", adapters="merged")
     if plain is not None:
@@ -155,6 +176,17 @@ def adapt(folder: str, out: str, gate_layout: str, fields: str, options: str) ->
         load_hf_weights(merged, f"{out}/merged")
         found = losses(merged, tokens)
         assert close(found, adapted), (found - adapted).abs().max()
+
+
+def drop(folder: str) -> None:
+    """Experts that read tokens in place call layers with adapters, which may have a dropout."""
+    fields = {"transformer_impl": "local"}
+    bridge, chunks = provided(Path(folder), "headwise", fields)
+    tokens = torch.load(f"{folder}/tokens.pt")
+    plain = losses(chunks, tokens)
+    chunks = lora(["linear_fc1", "linear_fc2"], dropout=1.0)(chunks)
+    draw(chunks)
+    assert torch.equal(losses(chunks, tokens), plain)
 
 
 def refuse(folder: str, gate_layout: str) -> None:
@@ -177,3 +209,73 @@ def refuse(folder: str, gate_layout: str) -> None:
     some = lora(["*.layers.3.*.local_experts.0.linear_fc1"])(plain)
     with pytest.raises(ValueError, match="for some only"):
         list(bridge.export_adapter_weights(some, show_progress=False))
+
+
+def refuse_places(folder: str) -> None:
+    """Where Megatron-Bridge's adapters compute something else on two tensor-parallel ranks."""
+    fields = {
+        "tensor_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 2,
+        "sequence_parallel": True,
+    }
+    bridge, _ = provided(Path(folder), "headwise", fields)
+    for place, message in (
+        ("router", "router: .*mix"),
+        ("linear_fc2", r"expert_tensor_par.* to 1"),
+    ):
+        chunks = lora([place])(another(bridge, fields))
+        with pytest.raises(ValueError, match=message):
+            next(iter(bridge.export_hf_weights(chunks, show_progress=False)))
+
+
+def train(chunks: Chunks, tokens: torch.Tensor) -> None:
+    own = [parameter for _, parameter in adapters(chunks)]
+    optimizer = torch.optim.SGD(own, lr=0.02)
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses(chunks, tokens)[: tokens.numel()].mean().backward()
+        optimizer.step()
+
+
+def resume(folder: str, out: str) -> None:
+    """The expanded gate is trained as the head-wise one, saved with equal rows, and resumed."""
+    bridge, _ = provided(Path(folder), "headwise", {})
+    tokens = torch.load(f"{folder}/tokens.pt")
+    headwise = lora()(another(bridge, {}))
+    expanded = lora()(another(bridge, {"gate_layout": "expanded"}))
+    first = dict(adapters(headwise))
+    with torch.no_grad():
+        for name, parameter in adapters(expanded):
+            if name.endswith("linear_in.weight"):
+                parameter.copy_(first[name])
+    train(headwise, tokens)
+    train(expanded, tokens)
+    expected = dict(bridge.export_adapter_weights(headwise, show_progress=False))
+    for name, tensor in bridge.export_adapter_weights(expanded, show_progress=False):
+        assert tensor.abs().max() > 0, name
+        assert close(tensor, expected[name]), name
+
+    after = losses(expanded, tokens)
+    (chunk,) = expanded
+    sharded = {
+        name: value for name, value in chunk.sharded_state_dict().items() if ".adapter." in name
+    }
+    Path(out, "saved").mkdir()
+    dist_checkpointing.save(sharded, f"{out}/saved")
+    resumed = lora()(another(bridge, {"gate_layout": "expanded"}))
+    wanted = {
+        name: value
+        for name, value in resumed[0].sharded_state_dict().items()
+        if ".adapter." in name
+    }
+    state = dist_checkpointing.load(wanted, f"{out}/saved")
+    resumed[0].load_state_dict(state, strict=False)
+    assert torch.equal(losses(resumed, tokens), after)
+
+    # As a tool that knows Megatron-Core's own gate alone would have trained them.
+    name = "decoder.layers.1.self_attention.linear_qkv.adapter.linear_out.weight"
+    state[name] = state[name].clone()
+    layout = chunk.decoder.layers[1].self_attention.qkv
+    gate_rows(state[name], layout)[:, :, 1:] += 0.1
+    with pytest.raises(DriftedGateError, match=r"layer 1: linear_qkv's adapter.*'headwise'"):
+        resumed[0].load_state_dict(state, strict=False)
