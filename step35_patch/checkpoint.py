@@ -162,7 +162,7 @@ def _published(
     chunks: list[tuple[Any, Step35Runtime]], values: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     for chunk, runtime in chunks:
-        for entry in entries_of(chunk, runtime, values):
+        for entry in entries_of(chunk, runtime, values, beside_adapters=True):
             yield from entry.save()
 
 
@@ -216,7 +216,7 @@ def load_hf_weights(
     )
     state.complete_parameters()  # a gather under way would write the old values again
     for chunk, runtime in chunks:
-        entries = entries_of(chunk, runtime)
+        entries = entries_of(chunk, runtime, beside_adapters=True)
         with torch.no_grad():
             for entry in entries:
                 entry.parameter.copy_(entry.load(folder))

@@ -247,16 +247,13 @@ def _expert_weight(experts: Any, linear: str, position: int) -> Tensor:
     return parameter
 
 
-def _check_covered(model: torch.nn.Module, entries: list[Entry]) -> None:
-    """Every parameter and router bias must have an entry: none may keep its random start.
-
-    Adapters have none.
-    """
+def _check_covered(model: torch.nn.Module, entries: list[Entry], *, beside_adapters: bool) -> None:
+    """Every parameter and router bias must have an entry: none may keep its random start."""
     known = {id(entry.parameter) for entry in entries}
     forgotten = [
         name
         for name, value in model.named_parameters()
-        if id(value) not in known and ADAPTER not in name
+        if id(value) not in known and not (beside_adapters and ADAPTER in name)
     ]
     if forgotten:
         raise ValueError(
@@ -269,6 +266,8 @@ def entries_of(
     model: torch.nn.Module,
     runtime: Step35Runtime,
     values: Callable[[Tensor], Tensor] = own_values,
+    *,
+    beside_adapters: bool = False,
 ) -> list[Entry]:
     """Every parameter and router bias of one model chunk, with its published tensors.
 
@@ -276,10 +275,11 @@ def entries_of(
         model: A GPTModel.
         runtime: The model that it is.
         values: What to save for a parameter or router bias: this rank's part, in its shape.
+        beside_adapters: Whether the model may have LoRA adapters, which have no entry.
 
     Raises:
         ValueError: the model has a parameter that the published layout does not have.
     """
     entries = list(_LiveModel(model, runtime, values).entries())
-    _check_covered(model, entries)
+    _check_covered(model, entries, beside_adapters=beside_adapters)
     return entries

@@ -21,13 +21,17 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from safetensors.torch import load_file
 
+from step35_patch import Step35Config
+from step35_patch.bridge import save_adapters
 from step35_patch.checkpoint import (
     load_hf_weights,
     published_tensors_of,
     save_hf_weights,
 )
 from step35_patch.model.adapters import check_adapters
+from step35_patch.tensors.published import published_tensors
 from step35_patch.tensors.qkv import DriftedGateError, gate_rows
+from step35_patch.tensors.spelling import transformers_place
 
 Chunks = list[torch.nn.Module]
 
@@ -131,6 +135,52 @@ def check_exports(
             assert close(tensor, expected[name]), (choice, name)
 
 
+def check_folder(folder: Path, exported: dict[str, torch.Tensor], config: Step35Config) -> None:
+    """B A of each adapter in a folder for PEFT, multiplied as PEFT does, is the model's."""
+    state = load_file(folder / "adapter_model.safetensors")
+    document = json.loads((folder / "adapter_config.json").read_text())
+    targets = {*document["target_modules"], *document["target_parameters"]}
+    found = set()
+    for info in published_tensors(config.without_mtp()):
+        expected = product(exported, info.name)
+        if isinstance(expected, float):
+            continue
+        place = transformers_place(info)
+        name = place.name.removesuffix(".weight")
+        target = place.name if name.endswith("mlp.gate") else name
+        found.add(target)
+        rank = document["rank_pattern"].get(target, document["r"])
+        where = name
+        if len(info.shape) == 3:  # gate and up have the inner of two wrappers around the experts
+            experts, _, last = name.rpartition(".")
+            both = f"{experts}.down_proj" in targets and last == "gate_up_proj"
+            where = f"{experts}.base_layer" if both else experts
+        a, b = (state[f"base_model.model.{where}.lora_{letter}.weight"] for letter in "AB")
+        if len(info.shape) == 3:
+            a, b = a.reshape(len(expected), rank, -1), b.reshape(len(b), rank, len(expected))
+            delta = torch.einsum("o r e, e r i -> e o i", b, a)
+        else:
+            delta = b @ a
+        rows = slice(place.first_row, place.first_row + info.shape[-2])
+        scaled = document["lora_alpha"] / rank * delta[..., rows, :]
+        assert close(scaled, expected), info.name
+    assert found == targets
+    assert len(state) == 2 * len(targets)
+
+
+def check_saved_adapters(
+    bridge: AutoBridge, chunks: Chunks, peft: LoRA, config: Step35Config, out: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"without_mtp: expected True.*\n.*layers\.6\."):
+        save_adapters(bridge, chunks, out, peft)
+    save_adapters(bridge, chunks, out, peft, without_mtp=True)
+    with pytest.raises(FileExistsError):
+        save_adapters(bridge, chunks, out, peft, without_mtp=True)
+    exported = dict(bridge.export_adapter_weights(chunks, show_progress=False))
+    if torch.distributed.get_rank() == 0:
+        check_folder(out, exported, config)
+
+
 def check_refused_without_a_choice(chunks: Chunks, folder: Path, out: Path) -> None:
     for call in (
         lambda: next(published_tensors_of(chunks)),
@@ -161,12 +211,15 @@ def adapt(folder: str, out: str, gate_layout: str, fields: str, options: str, wi
     )
     whole = parallel_state.get_pipeline_model_parallel_world_size() == 1
     plain = losses(chunks, tokens) if whole else None
-    chunks = lora(**json.loads(options))(chunks)
+    peft = lora(**json.loads(options))
+    chunks = peft(chunks)
     check_adapters(chunks)
     if plain is not None:
         check_start(chunks, tokens, plain)
     draw(chunks)
     check_exports(bridge, chunks, weights, json.loads(without))
+    config = Step35Config.from_pretrained(folder)
+    check_saved_adapters(bridge, chunks, peft, config, Path(out, "adapters"))
     check_refused_without_a_choice(chunks, Path(folder), Path(out))
     save_hf_weights(chunks, f"{out}/merged", adapters="merged")
     if plain is not None:
@@ -181,7 +234,7 @@ def adapt(folder: str, out: str, gate_layout: str, fields: str, options: str, wi
 def drop(folder: str) -> None:
     """Experts that read tokens in place call layers with adapters, which may have a dropout."""
     fields = {"transformer_impl": "local"}
-    bridge, chunks = provided(Path(folder), "headwise", fields)
+    _, chunks = provided(Path(folder), "headwise", fields)
     tokens = torch.load(f"{folder}/tokens.pt")
     plain = losses(chunks, tokens)
     chunks = lora(["linear_fc1", "linear_fc2"], dropout=1.0)(chunks)
