@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 from step35_patch.config.model import Step35Config
+from step35_patch.model.adapters import adapted_modules, merged_values
 from step35_patch.model.description import Step35Runtime
 from step35_patch.model.live_weights import entries_of, own_values
 from step35_patch.model.training_state import Optimizer, TrainingState, unwrap
@@ -50,8 +51,38 @@ def _bare_chunks(model: Model) -> list[tuple[Any, Step35Runtime]]:
     return chunks
 
 
+def _check_adapters(
+    chunks: list[tuple[Any, Step35Runtime]], found: str | None, legal: tuple[str, ...]
+) -> None:
+    """Raise ValueError unless a caller has said what is to become of the adapters that there are.
+
+    A choice is legal for a model without adapters too, where it has no meaning.
+    """
+    adapted = adapted_modules(chunk for chunk, _ in chunks)
+    if found in legal or (found is None and not adapted):
+        return
+    raise ValueError(
+        f"adapters: expected {' or '.join(map(repr, legal))}, found {found!r}"
+        + f", of a model with {len(adapted)} adapters; 'apart' takes the weights without them "
+        "(AutoBridge's save_hf_adapter saves the adapters)"
+        + ", 'merged' with their products added"
+        * ("merged" in legal)
+    )
+
+
+def _values(
+    chunks: list[tuple[Any, Step35Runtime]], adapters: str | None
+) -> Callable[[Tensor], Tensor]:
+    _check_adapters(chunks, adapters, ("merged", "apart"))
+    return merged_values([chunk for chunk, _ in chunks]) if adapters == "merged" else own_values
+
+
 def published_tensors_of(
-    model: Model, *, optimizer: Optimizer | None = None, every_stage: bool = False
+    model: Model,
+    *,
+    optimizer: Optimizer | None = None,
+    every_stage: bool = False,
+    adapters: Literal["merged", "apart"] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The model's weights in the published layout, one (name, whole tensor) after the other.
 
@@ -70,6 +101,8 @@ def published_tensors_of(
         optimizer: of this model, by which its DistributedDataParallel is found if `model` is not
             wrapped in it.
         every_stage: send each stage's tensors to the others of its pipeline, one after the other.
+        adapters: of a model with LoRA adapters of Megatron-Bridge's: "merged", the tensors of the
+            adapted model, or "apart", those of the model without them.
 
     Yields:
         A name, and its tensor without padding: in the published shape and the parameter's own
@@ -78,12 +111,14 @@ def published_tensors_of(
 
     Raises:
         ValueError: the model is none of Step-3.5, or has a parameter that the published layout
-            does not have; the optimizer is another model's; the parameters are FSDP's shards; the
+            does not have; it has adapters, and `adapters` is None, or they can't be merged; the
+            optimizer is another model's; the parameters are FSDP's shards; the
             model was unwrapped from a DistributedDataParallel of the distributed optimizer.
     """
     chunks = _bare_chunks(model)
+    values = _values(chunks, adapters)
     TrainingState(_wrapped_chunks(model), optimizer).complete_parameters()
-    tensors = _published(chunks, own_values)
+    tensors = _published(chunks, values)
     group = parallel_state.get_pipeline_model_parallel_group()
     if every_stage and group.size() > 1:
         device = next(parameter.device for chunk, _ in chunks for parameter in chunk.parameters())
@@ -127,7 +162,7 @@ def _published(
     chunks: list[tuple[Any, Step35Runtime]], values: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     for chunk, runtime in chunks:
-        for entry in entries_of(chunk, runtime, values):
+        for entry in entries_of(chunk, runtime, values, beside_adapters=True):
             yield from entry.save()
 
 
@@ -138,6 +173,7 @@ def load_hf_weights(
     optimizer: Optimizer | None = None,
     accept_rounded_router_bias: bool = False,
     dequantize_fp8: bool = False,
+    adapters: Literal["apart"] | None = None,
 ) -> None:
     """Fill a model with the weights of a folder in the published layout, to train on from there.
 
@@ -155,18 +191,21 @@ def load_hf_weights(
         optimizer: what get_megatron_optimizer made of this model, if it has been called.
         accept_rounded_router_bias: see `step35_patch.convert.convert_to_megatron`.
         dequantize_fp8: the same.
+        adapters: of a model with LoRA adapters of Megatron-Bridge's: "apart", which fills the
+            weights and leaves the adapters as they are, whose products are added to them.
 
     Raises:
         CheckpointError: the files are not that; everything wrong is listed, and no parameter has
             been changed.
-        ValueError: the parameters have fp32 main parameters, and `optimizer` is missing, is
-            another model's or cannot be told (the precision-aware one of Transformer Engine after
-            its first step); or as for `published_tensors_of`. Other copies of the parameters
-            leave no trace on them, and are not noticed without `optimizer`: those on the CPU of
-            an offloaded optimizer for a model in fp32, or those of an optimizer that is not
-            Megatron's.
+        ValueError: the model has adapters, and `adapters` is None; the parameters have fp32 main
+            parameters, and `optimizer` is missing, is another model's or cannot be told (the
+            precision-aware one of Transformer Engine after its first step); or as for
+            `published_tensors_of`. Other copies of the parameters leave no trace on them, and are
+            not noticed without `optimizer`: those on the CPU of an offloaded optimizer for a model
+            in fp32, or those of an optimizer that is not Megatron's.
     """
     chunks = _bare_chunks(model)
+    _check_adapters(chunks, adapters, ("apart",))
     state = TrainingState(_wrapped_chunks(model), optimizer)
     state.check_loadable()
     folder = HfFolder(
@@ -177,7 +216,7 @@ def load_hf_weights(
     )
     state.complete_parameters()  # a gather under way would write the old values again
     for chunk, runtime in chunks:
-        entries = entries_of(chunk, runtime)
+        entries = entries_of(chunk, runtime, beside_adapters=True)
         with torch.no_grad():
             for entry in entries:
                 entry.parameter.copy_(entry.load(folder))
@@ -194,6 +233,7 @@ def save_hf_weights(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     mtp_from: str | os.PathLike[str] | None = None,
     without_mtp: bool = False,
+    adapters: Literal["merged", "apart"] | None = None,
 ) -> None:
     """Write a model's weights as a folder in the published layout.
 
@@ -218,13 +258,14 @@ def save_hf_weights(
             are copied as they are.
         without_mtp: leave the MTP layers out, whether the model has them or not; config.json has
             num_nextn_predict_layers 0.
+        adapters: as for `published_tensors_of`; `masters` go with "apart" alone.
 
     Raises:
         FileExistsError: `out_dir` exists.
         ValueError: MTP layers are missing and neither `mtp_from` nor `without_mtp` is given; or
             `mtp_from` is given and there is nothing to copy; `masters` goes with another dtype,
-            or the optimizer is missing or has none that can be read; or as for
-            `published_tensors_of`.
+            or with merged adapters, or the optimizer is missing or has none that can be read; or
+            as for `published_tensors_of`.
         CheckpointError: `mtp_from` is not a checkpoint of the model's config.
         OSError: writing failed; nothing is left at `out_dir`.
     """
@@ -238,8 +279,15 @@ def save_hf_weights(
     if masters:
         if dtype not in (None, torch.float32):
             raise ValueError(f"dtype: expected None or torch.float32 for masters, found {dtype}")
+        if adapters == "merged":
+            raise ValueError(
+                "masters: expected False with merged adapters, which are merged into the "
+                "parameters, found True; leave it out"
+            )
         dtype = torch.float32
-    values = state.masters() if masters else own_values
+    values = _values(chunks, adapters)
+    if masters:
+        values = state.masters()
     dtype = dtype or next(chunks[0][0].parameters()).dtype
     hf_folder.dtype_name(dtype)  # refuses one that weights don't come in
     staged, error = _first_rank_does(lambda: hf_folder.staging_folder(target))

@@ -10,7 +10,8 @@ Where the package is active and has a config, the import of Megatron-Bridge does
 needs the extra `bridge`.
 """
 
+from step35_patch.bridge.adapter_folder import save_adapters
 from step35_patch.bridge.conversion import Step35Bridge
 from step35_patch.bridge.provider import Step35BridgeProvider
 
-__all__ = ["Step35Bridge", "Step35BridgeProvider"]
+__all__ = ["Step35Bridge", "Step35BridgeProvider", "save_adapters"]

@@ -14,16 +14,17 @@ from transformers.utils.hub import cached_file
 
 from step35_patch import settings as process
 from step35_patch.bridge.mappings import mappings_of
+from step35_patch.bridge.peft import AdapterBridge
 from step35_patch.bridge.provider import Step35BridgeProvider
 from step35_patch.config.model import Step35Config
-from step35_patch.model.description import Step35Runtime, runtime_for
+from step35_patch.model.description import Step35Runtime
 from step35_patch.tensors.table import tensor_table
 
 # The published architecture, and that of a Step-3.7 model's text part alone.
 ARCHITECTURES = ("Step3p5ForCausalLM", "Step3p7ForCausalLM")
 
 
-class Step35Bridge(MegatronModelBridge):
+class Step35Bridge(AdapterBridge):
     """Between the published layout of Step-3.5 and this package's GPTModel.
 
     The gate layout, the window and the padded logits are those that the process was asked for
@@ -32,8 +33,6 @@ class Step35Bridge(MegatronModelBridge):
 
     # Copied over the config that Megatron-Bridge saves, which is as the class has it that read it.
     ADDITIONAL_FILE_PATTERNS = (CONFIG_NAME,)
-
-    _runtime: Step35Runtime | None = None
 
     def provider_bridge(self, hf_pretrained: Any) -> Step35BridgeProvider:
         """The provider of a Hugging Face model, or of a config without weights.
@@ -67,13 +66,8 @@ class Step35Bridge(MegatronModelBridge):
             ValueError: the model is not a Step-3.5 model; or the folder lacks published tensors,
                 whose parameters Megatron-Bridge would leave as they are with a warning.
         """
+        runtime = self.know(megatron_model)
         config = unwrap_model(megatron_model)[0].config
-        self._runtime = runtime = runtime_for(config)
-        if runtime is None:
-            raise ValueError(
-                "megatron_model: expected a Step-3.5 model, found one whose config is not this "
-                "package's; make it by AutoBridge's to_megatron_provider"
-            )
         _check_complete(hf_pretrained, runtime, config.mtp_num_layers or 0)
         tasks: list[Any] = super().build_conversion_tasks(hf_pretrained, megatron_model, **options)
         return tasks

@@ -6,9 +6,11 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
 from megatron.bridge.models.model_provider import ModelProviderMixin
 
 from step35_patch.config.comparison import not_acceptable
+from step35_patch.model.adapters import check_adapters
 from step35_patch.model.provider import Step35ModelProvider
 
 
@@ -52,6 +54,16 @@ class Step35BridgeProvider(Step35ModelProvider, ModelProviderMixin):
                 "share_embeddings_and_output_weights: expected False, found True. The output "
                 "matrix of a Step-3.5 model is not its embedding: leave it out."
             )
+
+    def provide_distributed_model(self, *args: Any, **kwargs: Any) -> list[torch.nn.Module]:
+        """As Megatron-Bridge's.
+
+        Raises:
+            ValueError: a hook has put adapters into the model that don't go with it.
+        """
+        chunks: list[torch.nn.Module] = super().provide_distributed_model(*args, **kwargs)
+        check_adapters(chunks)
+        return chunks
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # Process groups, which Megatron-Bridge puts on its providers, are of this process.

@@ -29,6 +29,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from step35_patch.model.adapters import base_of
 from step35_patch.model.description import LayerConfig
 from step35_patch.model.generation import (
     StaticContext,
@@ -121,20 +122,32 @@ class Step35SelfAttention(SelfAttention):
         """Copy the first row of each head of an `expanded` gate to its others.
 
         Args:
-            weight: of this rank's linear_qkv, [rows, h], changed in place; the parameter if None.
+            weight: of this rank's linear_qkv, [rows, h], changed in place; the parameter if None,
+                and the rows of an adapter around it as well.
         """
+        for matrix in self._with_gate_rows() if weight is None else [weight]:
+            rows = self.tied_gate_rows(matrix)
+            rows.copy_(rows[:, :, :1].clone().expand_as(rows))
+
+    def _with_gate_rows(self) -> list[Tensor]:
+        """linear_qkv's matrix and the B of a LoRA adapter around it, which has the same rows."""
         # Through .data: micro-batches in flight hold the weight, and none uses the other rows.
-        rows = self.tied_gate_rows(self.linear_qkv.weight.data if weight is None else weight)
-        rows.copy_(rows[:, :, :1].clone().expand_as(rows))
+        matrices = [base_of(self.linear_qkv).weight.data]
+        adapter: Any = getattr(self.linear_qkv, "adapter", None)
+        if hasattr(adapter, "linear_out"):
+            matrices.append(adapter.linear_out.weight.data)
+        return matrices
 
     def check_gate_rows(self) -> None:
         """Refuse weights of an `expanded` gate whose rows of a head differ.
 
         Raises:
-            DriftedGateError: they were trained with Megatron-Core's own gate.
+            DriftedGateError: they, or an adapter around them, were trained with Megatron-Core's
+                own gate.
         """
-        rows = self.tied_gate_rows(self.linear_qkv.weight.data)
-        refuse_drift(rows, f"layer {self.config.step35_layer.index}: linear_qkv")
+        name = f"layer {self.config.step35_layer.index}: linear_qkv"
+        for matrix, whose in zip(self._with_gate_rows(), ("", "'s adapter"), strict=False):
+            refuse_drift(self.tied_gate_rows(matrix), name + whose)
 
     def sharded_state_dict(
         self,

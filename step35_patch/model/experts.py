@@ -27,6 +27,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDisp
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from step35_patch.model.adapters import base_of
 from step35_patch.model.description import LayerConfig
 from step35_patch.model.swiglu import weighted_swiglu, weighted_swiglu_gradients
 
@@ -114,12 +115,17 @@ class Step35SequentialMLP(SequentialMLP):
         return routed_experts(tokens, routing, probs, weights, limit), None
 
     def is_watched(self) -> bool:
-        """Whether hooks wait for calls of an expert's layers, which `routed_experts` doesn't make.
+        """Whether an expert's layers must be called, which `routed_experts` doesn't do.
 
-        Megatron's DistributedDataParallel has some where it gathers parameters as they are needed
-        (--overlap-param-gather).
+        Hooks wait for it: Megatron's DistributedDataParallel has some where it gathers parameters
+        as they are needed (--overlap-param-gather). Or there are adapters around the layers, which
+        may have a dropout.
         """
         return any(
+            base_of(layer) is not layer
+            for expert in self.local_experts
+            for layer in (expert.linear_fc1, expert.linear_fc2)
+        ) or any(
             hooks
             for module in self.local_experts.modules()
             for hooks in (

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from step35_patch.model.adapters import ADAPTER, base_of
 from step35_patch.model.description import Step35Runtime
 from step35_patch.model.layer import Step35DecoderLayer
 from step35_patch.tensors.published import Weights
@@ -83,10 +84,10 @@ def own_values(parameter: Tensor) -> Tensor:
 
 
 def _find(module: torch.nn.Module, path: str) -> Tensor | None:
-    """The parameter or buffer at a dotted path below a module, or None."""
+    """The parameter or buffer at a dotted path below a module, or None; adapters apart."""
     found: object = module
     for name in path.split("."):
-        found = getattr(found, name, None)
+        found = getattr(base_of(found), name, None)
     return found if isinstance(found, Tensor) else None
 
 
@@ -247,16 +248,20 @@ def _expert_weight(experts: Any, linear: str, position: int) -> Tensor:
     """The weight of one of a rank's experts, which are modules of their own or grouped in one."""
     parameter: Tensor
     if hasattr(experts, "local_experts"):
-        parameter = getattr(experts.local_experts[position], linear).weight
+        parameter = base_of(getattr(experts.local_experts[position], linear)).weight
     else:
-        parameter = getattr(getattr(experts, linear), f"weight{position}")
+        parameter = getattr(base_of(getattr(experts, linear)), f"weight{position}")
     return parameter
 
 
-def _check_covered(model: torch.nn.Module, entries: list[Entry]) -> None:
+def _check_covered(model: torch.nn.Module, entries: list[Entry], *, beside_adapters: bool) -> None:
     """Every parameter and router bias must have an entry: none may keep its random start."""
     known = {id(entry.parameter) for entry in entries}
-    forgotten = [name for name, value in model.named_parameters() if id(value) not in known]
+    forgotten = [
+        name
+        for name, value in model.named_parameters()
+        if id(value) not in known and not (beside_adapters and ADAPTER in name)
+    ]
     if forgotten:
         raise ValueError(
             "parameters of the model that the published layout does not have:\n  "
@@ -268,6 +273,8 @@ def entries_of(
     model: torch.nn.Module,
     runtime: Step35Runtime,
     values: Callable[[Tensor], Tensor] = own_values,
+    *,
+    beside_adapters: bool = False,
 ) -> list[Entry]:
     """Every parameter and router bias of one model chunk, with its published tensors.
 
@@ -275,10 +282,11 @@ def entries_of(
         model: A GPTModel.
         runtime: The model that it is.
         values: What to save for a parameter or router bias: this rank's part, in its shape.
+        beside_adapters: Whether the model may have LoRA adapters, which have no entry.
 
     Raises:
         ValueError: the model has a parameter that the published layout does not have.
     """
     entries = list(_LiveModel(model, runtime, values).entries())
-    _check_covered(model, entries)
+    _check_covered(model, entries, beside_adapters=beside_adapters)
     return entries

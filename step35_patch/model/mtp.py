@@ -29,6 +29,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from step35_patch.model.adapters import base_of
+
 # The attribute of GPTModel that the matrices are. Not "layers": Megatron-Bridge takes what stands
 # behind "layers." in a parameter's name for the number of a decoder layer.
 OUTPUT_HEADS = "mtp_output_heads"
@@ -333,28 +335,30 @@ def add_output_heads(model: ModelWithOutputLayer) -> None:
     heads = MtpOutputHeads(model)
     setattr(model, OUTPUT_HEADS, heads)
     model.register_load_state_dict_pre_hook(_by_older_names)
-    # A tuple, so that torch does not register the matrices a second time.
-    setattr(model.output_layer, _LINK, tuple(heads.children()))
+    # In a tuple, so that torch does not register the matrices a second time.
+    setattr(model.output_layer, _LINK, (heads,))
 
 
 def has_output_heads(output_layer: torch.nn.Module) -> bool:
     """Whether a model's output layer is a Step-3.5 model's with MTP layers."""
-    return hasattr(output_layer, _LINK)
+    return hasattr(base_of(output_layer), _LINK)
 
 
 def by_depth(output_layer: torch.nn.Module) -> OutputLayerByDepth:
     """The output layer that process_mtp_loss is given for a Step-3.5 model."""
-    layers = getattr(output_layer, _LINK, None)
-    if layers is None and not isinstance(output_layer, tensor_parallel.ColumnParallelLinear):
+    own = base_of(output_layer)
+    heads = getattr(own, _LINK, None)
+    if heads is None and not isinstance(own, tensor_parallel.ColumnParallelLinear):
         raise RuntimeError(
-            f"output_layer: expected the model's own, found a {type(output_layer).__name__} in its "
-            "place: with a value head, or an adapter around it, MTP layers have nothing to predict "
-            "with. Build the model without them: mtp_num_layers=0, or --mtp-num-layers 0"
+            f"output_layer: expected the model's own, found a {type(own).__name__} in its place: "
+            "with a value head MTP layers have nothing to predict with. Build the model without "
+            "them: mtp_num_layers=0, or --mtp-num-layers 0"
         )
-    if layers is None:
+    if heads is None:
         raise RuntimeError(
             "this Step-3.5 model has no output matrices for its MTP layers: it was built before "
             "step35_patch was active, or its output layer was exchanged. Import step35_patch "
             "before building the model."
         )
-    return OutputLayerByDepth(output_layer, layers)
+    # As they are now: adapters may have been put around them.
+    return OutputLayerByDepth(base_of(output_layer), tuple(heads[0].children()))
