@@ -64,7 +64,7 @@ def _check_adapters(
     raise ValueError(
         f"adapters: expected {' or '.join(map(repr, legal))}, found {found!r}"
         + f", of a model with {len(adapted)} adapters; 'apart' takes the weights without them "
-        "(AutoBridge's save_hf_adapter saves the adapters)"
+        "(step35_patch.bridge.save_adapters saves the adapters)"
         + ", 'merged' with their products added"
         * ("merged" in legal)
     )

@@ -361,4 +361,4 @@ def by_depth(output_layer: torch.nn.Module) -> OutputLayerByDepth:
             "before building the model."
         )
     # As they are now: adapters may have been put around them.
-    return OutputLayerByDepth(base_of(output_layer), tuple(heads[0].children()))
+    return OutputLayerByDepth(own, tuple(heads[0].children()))

@@ -445,6 +445,17 @@ def bridge_load_base_checkpoint(wrapped: Wrapped, instance: Any, args: Args, kwa
     return loaded
 
 
+def bridge_save_hf_adapter(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
+    """Megatron-Bridge's: refused for this package's model, which has a function of its own."""
+    if type(instance._model_bridge).__module__.startswith("step35_patch."):
+        raise NotImplementedError(
+            "save_hf_adapter: PEFT would not find most of the adapters' modules in transformers' "
+            "Step-3.5, and unpacks routed experts otherwise; call "
+            "step35_patch.bridge.save_adapters(bridge, model, path, peft)"
+        )
+    return wrapped(*args, **kwargs)
+
+
 def bridges_own_provider(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """Megatron-Bridge's own provider of Step-3.5: with a warning where it can't be right."""
     if "head_wise_attn_gate" not in TransformerConfig.__dataclass_fields__:

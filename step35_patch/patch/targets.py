@@ -146,6 +146,13 @@ TARGETS = (
         wrapper="bridge_load_base_checkpoint",
         required=False,
     ),
+    # Megatron-Bridge's folder of adapters, by names and in an order that PEFT does not read.
+    Target(
+        "megatron.bridge.models.conversion.auto_bridge",
+        "AutoBridge.save_hf_adapter",
+        wrapper="bridge_save_hf_adapter",
+        required=False,
+    ),
     # Megatron-Bridge's own Step-3.5, which a released Megatron-Core computes wrong.
     Target(
         "megatron.bridge.models.stepfun.step35_bridge",

@@ -6,13 +6,11 @@ import json
 
 import pytest
 import torch
-from support.bridge_on_cpu import FOLDER
+from support.bridge_processes import needs_bridge
 from support.reference import random_tokens, random_weights, tiny_config, write_hf_folder
 from support.tokenizer import write_tokenizer
 
-pytestmark = pytest.mark.skipif(
-    not FOLDER.exists(), reason="Megatron-Bridge could not be set up: see tools/run.py"
-)
+pytestmark = [pytest.mark.slow, needs_bridge]
 
 LOCAL = {"transformer_impl": "local", "moe_grouped_gemm": False}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}

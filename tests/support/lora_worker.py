@@ -187,7 +187,7 @@ def check_refused_without_a_choice(chunks: Chunks, folder: Path, out: Path) -> N
         lambda: save_hf_weights(chunks, out / "no"),
         lambda: load_hf_weights(chunks, folder),
     ):
-        with pytest.raises(ValueError, match=r"adapters: expected .*'apart'.*save_hf_adapter"):
+        with pytest.raises(ValueError, match=r"adapters: expected .*'apart'.*save_adapters"):
             call()
     assert not (out / "no").exists()
 
@@ -221,6 +221,8 @@ def adapt(folder: str, out: str, gate_layout: str, fields: str, options: str, wi
     config = Step35Config.from_pretrained(folder)
     check_saved_adapters(bridge, chunks, peft, config, Path(out, "adapters"))
     check_refused_without_a_choice(chunks, Path(folder), Path(out))
+    with pytest.raises(NotImplementedError, match="save_adapters"):
+        bridge.save_hf_adapter(chunks, f"{out}/no", peft)
     save_hf_weights(chunks, f"{out}/merged", adapters="merged")
     if plain is not None:
         adapted = losses(chunks, tokens)
