@@ -77,6 +77,21 @@ def test_finetuning_begins_with_a_checkpoints_weights(bridge_ranks, folder, trai
     assert float(found[1][0]) < float(trained[1][1][0])
 
 
+def test_adapters_are_trained_and_resumed(bridge_ranks, folder, trained, tmp_path):
+    options = {
+        "pretrained": str(trained[0]),
+        "lora": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"],
+        "gate_layout": "headwise",
+    }
+    whole = losses(train(bridge_ranks, folder, tmp_path / "whole", **options))
+    first = losses(train(bridge_ranks, folder, tmp_path / "two", iterations=2, **options))
+    second = losses(train(bridge_ranks, folder, tmp_path / "two", **options))
+    assert [*first, *second] == [1, 2, 3, 4] and first | second == whole
+    # It begins where the pretrained weights are, and gets on.
+    assert float(whole[1][0]) < float(trained[1][1][0])
+    assert whole[4] != trained[1][4]
+
+
 def test_a_checkpoint_of_another_model_is_refused(bridge_ranks, folder, trained, tmp_path):
     checkpoint = shutil.copytree(trained[0], tmp_path / "checkpoint")
     ended = train(bridge_ranks, folder, checkpoint, fields={"window": "steptron"})

@@ -79,9 +79,10 @@ def train(folder: str, checkpoint: str, options: str) -> None:
 
     It goes on from the checkpoint, if there is one. Options: `iterations`, how many this process
     does; `optimizer`; `gate_layout`; `fields` of the provider; `pretrained`, a checkpoint whose
-    weights are fine-tuned instead.
+    weights are fine-tuned instead; `lora`, which of the linear layers have adapters.
     """
     bridge_on_cpu.install_training()
+    from megatron.bridge.peft.lora import LoRA
     from megatron.bridge.training import config
     from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.gpt_step import forward_step
@@ -141,6 +142,7 @@ def train(folder: str, checkpoint: str, options: str) -> None:
             ),
             rng=config.RNGConfig(seed=3),
             dist=config.DistributedInitConfig(distributed_backend="gloo"),
+            peft=LoRA(target_modules=asked["lora"], dim=4, alpha=8) if "lora" in asked else None,
         ),
         forward_step,
     )
