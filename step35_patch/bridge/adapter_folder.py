@@ -7,6 +7,7 @@ only some, and packs routed experts in another order of columns than PEFT unpack
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,9 +88,14 @@ def save_adapters(
             base_model_name_or_path=source and str(source),
             rank_pattern={name: r for name, r in tensors.ranks.items() if r != peft.dim},
         )
-        target.mkdir(parents=True)
-        (target / "adapter_config.json").write_text(json.dumps(document, indent=2))
-        save_file(tensors.state, target / "adapter_model.safetensors")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # It appears as a whole or not at all.
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            whole = Path(folder, target.name)
+            whole.mkdir()
+            (whole / "adapter_config.json").write_text(json.dumps(document, indent=2))
+            save_file(tensors.state, whole / "adapter_model.safetensors")
+            whole.rename(target)
     torch.distributed.barrier()
 
 
