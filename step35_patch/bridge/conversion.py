@@ -81,20 +81,25 @@ class Step35Bridge(AdapterBridge):
 def published_config(source: Any) -> Step35Config:
     """The config of what Megatron-Bridge calls `hf_pretrained`.
 
-    From the file itself where there is one: the classes that it was read by (Megatron-Bridge's or
-    those of the checkpoint's own code) take lists apart or fill in what it doesn't say.
+    From the file itself: the classes that it was read by (Megatron-Bridge's or those of the
+    checkpoint's own code) take lists apart and fill in what it doesn't say.
 
     Args:
-        source: a wrapper of a pretrained model, or a transformers config.
+        source: a wrapper of a pretrained model, or a transformers config that knows its folder.
+
+    Raises:
+        ValueError: a config does not say which folder it was read from.
+        Step35ConfigError: it is not a legal Step-3.5 config.
     """
     hf_config = getattr(source, "config", source)
     path = getattr(source, "model_name_or_path", None) or getattr(hf_config, "_name_or_path", None)
-    if path and (file := _config_file(str(path))):
-        return Step35Config.from_pretrained(file)
-    document = hf_config.to_dict()
-    # Megatron-Bridge's config class has the MTP layers' types apart.
-    document["layer_types"] += document.pop("mtp_layer_types", None) or []
-    return Step35Config.from_dict(document)
+    file = _config_file(str(path)) if path else None
+    if file is None:
+        raise ValueError(
+            f"hf_config: expected one that knows the model's folder, found {path or 'no folder'} "
+            f"without a {CONFIG_NAME}; read it with AutoConfig.from_pretrained(folder)"
+        )
+    return Step35Config.from_pretrained(file)
 
 
 def _config_file(path: str) -> str | None:

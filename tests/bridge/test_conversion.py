@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.bridge_processes import needs_bridge
 from support.parity import LOGITS, relative
-from support.reference import Reference, random_tokens, random_weights, tiny_config, write_hf_folder
-from support.tokenizer import write_tokenizer
+from support.reference import Reference
 
 from step35_patch import Step35Config
 
@@ -60,25 +60,22 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    config = tiny_config(vocab_size=97, architectures=["Step3p5ForCausalLM"])
-    weights = random_weights(config, 11)
-    folder = write_hf_folder(tmp_path_factory.mktemp("published"), config, weights)
-    write_tokenizer(folder, 97)
-    tokens, _ = random_tokens(11, 2, 24)
-    torch.save(tokens, folder / "tokens.pt")
-    reference = Reference(config, weights)
-    return folder, weights, reference.logits(reference.hidden_states(tokens)).detach()
+def logits(published):
+    """transformers' of the folder's tokens."""
+    config = json.loads((published / "config.json").read_text())
+    reference = Reference(config, load_file(published / "model.safetensors"))
+    tokens = torch.load(published / "tokens.pt")
+    return reference.logits(reference.hidden_states(tokens)).detach()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_tensor_comes_back(bridge_ranks, published, tmp_path, name):
-    folder, weights, logits = published
+def test_every_tensor_comes_back(bridge_ranks, published, logits, tmp_path, name):
+    weights = load_file(published / "model.safetensors")
     processes, gate_layout, fields = LAYOUTS[name]
     ended = bridge_ranks.run(
         "from support.bridge_worker import convert\nconvert(*arguments)",
         processes,
-        *(folder, tmp_path, gate_layout, json.dumps(fields)),
+        *(published, tmp_path, gate_layout, json.dumps(fields)),
     )
     assert not any(ended.statuses), ended.text[-6000:]
     if processes == 1:
@@ -90,5 +87,19 @@ def test_every_tensor_comes_back(bridge_ranks, published, tmp_path, name):
         half = tensor if tensor_name.endswith("router_bias") else 0.5 * tensor
         assert torch.equal(saved[tensor_name], half), tensor_name
     # The config as it was published, not as Megatron-Bridge's class has it.
-    assert Step35Config.from_pretrained(tmp_path) == Step35Config.from_pretrained(folder)
+    assert Step35Config.from_pretrained(tmp_path) == Step35Config.from_pretrained(published)
     assert os.path.getsize(tmp_path / "tokenizer.json")
+
+
+def test_a_folder_that_lacks_a_tensor_is_refused(bridge_ranks, published, tmp_path):
+    folder = shutil.copytree(published, tmp_path / "hf")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.7.transformer.shared_head.output.weight"]
+    save_file(weights, folder / "model.safetensors")
+    ended = bridge_ranks.run(
+        "from support.bridge_worker import convert\nconvert(*arguments)",
+        1,
+        *(folder, tmp_path / "out", "headwise", "{}"),
+    )
+    assert ended.statuses == [1] and "published tensors that the folder lacks" in ended.text
+    assert "model.layers.7.transformer.shared_head.output.weight" in ended.text

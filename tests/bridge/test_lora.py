@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from support.bridge_processes import needs_bridge
-from support.reference import random_tokens, random_weights, tiny_config, write_hf_folder
-from support.tokenizer import write_tokenizer
 
 pytestmark = [pytest.mark.slow, needs_bridge]
 
@@ -51,17 +48,6 @@ LAYOUTS = {
         ["moe.gate.", "shared_head.output"],
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    config = tiny_config(vocab_size=97, architectures=["Step3p5ForCausalLM"])
-    weights = random_weights(config, 17)
-    folder = write_hf_folder(tmp_path_factory.mktemp("published"), config, weights)
-    write_tokenizer(folder, 97)
-    tokens, _ = random_tokens(17, 2, 24)
-    torch.save(tokens, folder / "tokens.pt")
-    return folder
 
 
 def run(bridge_ranks, processes: int, code: str, *arguments: object) -> None:

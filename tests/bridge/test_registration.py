@@ -73,6 +73,19 @@ def test_with_a_config_the_import_of_megatron_bridge_is_enough(folder):
     code = """
 assert "step35_patch.bridge" in sys.modules
 assert warned() == ({"step35_patch"}, [])
+
+def with_config(config):
+    return AutoBridge.from_hf_config(config).to_megatron_provider(load_weights=False)
+
+from transformers import AutoConfig
+from megatron.bridge.models.stepfun.configuration_step35 import Step35Config as WithoutFolder
+assert with_config(AutoConfig.from_pretrained(sys.argv[1])).num_layers == 6
+try:
+    with_config(WithoutFolder(architectures=["Step3p5ForCausalLM"]))
+except ValueError as error:
+    assert "AutoConfig.from_pretrained(folder)" in str(error), error
+else:
+    raise AssertionError("a config without its folder was taken")
 """
     other = "\nprint('another model', another_model())"
     active = run(code + other, folder, STEP35_CONFIG=str(folder))

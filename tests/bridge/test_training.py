@@ -9,8 +9,6 @@ import shutil
 import pytest
 from support.bridge_processes import needs_bridge, output_of
 from support.converted import assert_same, read
-from support.reference import random_weights, tiny_config, write_hf_folder
-from support.tokenizer import write_tokenizer
 
 from step35_patch import Step35Config
 from step35_patch.convert import convert_to_hf
@@ -21,17 +19,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    config = tiny_config(vocab_size=97, architectures=["Step3p5ForCausalLM"])
-    hf = write_hf_folder(tmp_path_factory.mktemp("hf"), config, random_weights(config, 13))
-    write_tokenizer(hf, 97)
-    return hf
-
-
-def train(ranks, folder, checkpoint, processes=1, **options):
+def train(ranks, published, checkpoint, processes=1, **options):
     code = "from support.bridge_worker import train\ntrain(*arguments)"
-    return ranks.run(code, processes, folder, checkpoint, json.dumps(options))
+    return ranks.run(code, processes, published, checkpoint, json.dumps(options))
 
 
 def losses(ended) -> dict[int, list[str]]:
@@ -44,16 +34,16 @@ def losses(ended) -> dict[int, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def trained(bridge_ranks, folder, tmp_path_factory):
+def trained(bridge_ranks, published, tmp_path_factory):
     """The checkpoints of a run of four iterations, its losses, and the folder it began with."""
     checkpoint = tmp_path_factory.mktemp("trained")
-    found = losses(train(bridge_ranks, folder, checkpoint))
+    found = losses(train(bridge_ranks, published, checkpoint))
     assert list(found) == [1, 2, 3, 4] and len(found[1]) >= 4
     assert float(found[4][0]) < float(found[1][0])
-    return checkpoint, found, folder
+    return checkpoint, found, published
 
 
-def test_layouts_train_alike(bridge_ranks, folder, trained, tmp_path):
+def test_layouts_train_alike(bridge_ranks, published, trained, tmp_path):
     fields = {
         "tensor_model_parallel_size": 2,
         "sequence_parallel": True,
@@ -61,7 +51,7 @@ def test_layouts_train_alike(bridge_ranks, folder, trained, tmp_path):
         "expert_model_parallel_size": 2,
         "expert_tensor_parallel_size": 1,
     }
-    found = losses(train(bridge_ranks, folder, tmp_path, 4, iterations=2, fields=fields))
+    found = losses(train(bridge_ranks, published, tmp_path, 4, iterations=2, fields=fields))
     assert [*found] == [1, 2]
     for iteration, values in found.items():
         expected = [float(value) for value in trained[1][iteration]]
@@ -69,65 +59,65 @@ def test_layouts_train_alike(bridge_ranks, folder, trained, tmp_path):
 
 
 @pytest.mark.parametrize("gate_layout", ["headwise", "expanded"])
-def test_a_run_goes_on_from_its_checkpoint(bridge_ranks, folder, trained, tmp_path, gate_layout):
+def test_a_run_goes_on_from_its_checkpoint(bridge_ranks, published, trained, tmp_path, gate_layout):
     options = {"gate_layout": gate_layout}
-    first = losses(train(bridge_ranks, folder, tmp_path, iterations=2, **options))
-    second = losses(train(bridge_ranks, folder, tmp_path, **options))
+    first = losses(train(bridge_ranks, published, tmp_path, iterations=2, **options))
+    second = losses(train(bridge_ranks, published, tmp_path, **options))
     assert [*first, *second] == [1, 2, 3, 4]
     if gate_layout == "headwise":
         assert first | second == trained[1]
 
 
-def test_muon_is_an_optimizer_of_it(bridge_ranks, folder, trained, tmp_path):
-    found = losses(train(bridge_ranks, folder, tmp_path, optimizer="muon"))
+def test_muon_is_an_optimizer_of_it(bridge_ranks, published, trained, tmp_path):
+    found = losses(train(bridge_ranks, published, tmp_path, optimizer="muon"))
     assert found[1][0] == trained[1][1][0] and found[3][0] != trained[1][3][0]
     assert float(found[4][0]) < float(found[1][0])
 
 
-def test_finetuning_begins_with_a_checkpoints_weights(bridge_ranks, folder, trained, tmp_path):
+def test_finetuning_begins_with_a_checkpoints_weights(bridge_ranks, published, trained, tmp_path):
     pretrained = str(trained[0])
-    found = losses(train(bridge_ranks, folder, tmp_path, iterations=2, pretrained=pretrained))
+    found = losses(train(bridge_ranks, published, tmp_path, iterations=2, pretrained=pretrained))
     assert list(found) == [1, 2]
     # The first sequences once more, after four steps.
     assert float(found[1][0]) < float(trained[1][1][0])
 
 
-def test_adapters_are_trained_and_resumed(bridge_ranks, folder, trained, tmp_path):
+def test_adapters_are_trained_and_resumed(bridge_ranks, published, trained, tmp_path):
     options = {
         "pretrained": str(trained[0]),
         "lora": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"],
         "gate_layout": "headwise",
     }
-    whole = losses(train(bridge_ranks, folder, tmp_path / "whole", **options))
-    first = losses(train(bridge_ranks, folder, tmp_path / "two", iterations=2, **options))
-    second = losses(train(bridge_ranks, folder, tmp_path / "two", **options))
+    whole = losses(train(bridge_ranks, published, tmp_path / "whole", **options))
+    first = losses(train(bridge_ranks, published, tmp_path / "two", iterations=2, **options))
+    second = losses(train(bridge_ranks, published, tmp_path / "two", **options))
     assert [*first, *second] == [1, 2, 3, 4] and first | second == whole
     # It begins where the pretrained weights are, and gets on.
     assert float(whole[1][0]) < float(trained[1][1][0])
     assert whole[4] != trained[1][4]
 
 
-def test_a_checkpoint_of_another_model_is_refused(bridge_ranks, folder, trained, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(bridge_ranks, published, trained, tmp_path):
     checkpoint = shutil.copytree(trained[0], tmp_path / "checkpoint")
-    ended = train(bridge_ranks, folder, checkpoint, fields={"window": "steptron"})
+    ended = train(bridge_ranks, published, checkpoint, fields={"window": "steptron"})
     assert ended.statuses == [1]
     assert "window: hf in the checkpoint, steptron in this run" in ended.text
 
-    document = json.loads((folder / "config.json").read_text())
+    document = json.loads((published / "config.json").read_text())
     document["swiglu_limits_shared"][0] = 0.7
-    other = shutil.copytree(folder, tmp_path / "other")
+    other = shutil.copytree(published, tmp_path / "other")
     (other / "config.json").write_text(json.dumps(document))
     ended = train(bridge_ranks, other, checkpoint)
     assert ended.statuses == [1]
     assert re.search(r"swiglu_limits_shared: .* in the checkpoint, .* in this run", ended.text)
 
 
-def test_what_is_exported_is_what_was_trained(bridge_ranks, folder, trained, tmp_path):
+def test_what_is_exported_is_what_was_trained(bridge_ranks, published, trained, tmp_path):
     """By Megatron-Bridge, which makes the model of the checkpoint's run_config.yaml alone."""
     code = "from support.bridge_worker import export\nexport(*arguments)"
-    ended = bridge_ranks.run(code, 1, folder, trained[0], tmp_path / "exported")
+    ended = bridge_ranks.run(code, 1, published, trained[0], tmp_path / "exported")
     assert ended.statuses == [0], ended.text[-6000:]
-    convert_to_hf(trained[0] / "iter_0000004", tmp_path / "converted", hf_dir=folder)
+    convert_to_hf(trained[0] / "iter_0000004", tmp_path / "converted", hf_dir=published)
     assert_same(read(tmp_path / "exported"), read(tmp_path / "converted"))
 
 
