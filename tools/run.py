@@ -126,7 +126,7 @@ def set_up() -> None:
             call(sys.executable, "-m", "venv", str(VENV))
         else:
             STATE.write_text(OUTDATED)
-        pip("--editable", f"{ROOT}[training,muon,reference,dev]")
+        pip("--editable", f"{ROOT}[training,muon,reference,launch,plot,dev]")
         for version in OLDER_MEGATRON_CORES:
             target = megatron_core(version)
             shutil.rmtree(target, ignore_errors=True)
