@@ -33,6 +33,11 @@ _COMMANDS = {
         help="print Megatron's arguments for a config, ready for a launch script",
         description="Print the arguments of pretrain_gpt.py that describe a config's model.",
     ),
+    "check": _Command(
+        help="hold a launch script against a config, before a GPU is booked",
+        description="Read a launch script or command without running it, and say everything that "
+        "is wrong with it. Exit status: 0 nothing, 1 something, 2 the input could not be read.",
+    ),
     "convert": _Command(
         help="convert weights between the published layout and Megatron's, in little memory",
         description="Convert weights losslessly, without a GPU, on one machine.",

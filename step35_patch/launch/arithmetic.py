@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from step35_patch.launch.scope import Scope
 from step35_patch.launch.syntax import text
 from step35_patch.launch.values import unknowns
 
 if TYPE_CHECKING:
     from tree_sitter import Node
 
-    from step35_patch.launch.expansion import Expander
+
+class Shell(Protocol):
+    """What arithmetic needs of the shell that it stands in."""
+
+    scope: Scope
+
+    def value(self, node: Node) -> str:
+        """A word's text."""
 
 
 def _quotient(left: int, right: int) -> int:
@@ -53,7 +61,7 @@ _UNARY: dict[str, Callable[[int], int]] = {
 }
 
 
-def of_children(node: Node, shell: Expander) -> int | None:
+def of_children(node: Node, shell: Shell) -> int | None:
     """The value of `$((...))` or `((...))`: that of the last of its expressions."""
     result: int | None = None
     for child in node.named_children:
@@ -61,7 +69,7 @@ def of_children(node: Node, shell: Expander) -> int | None:
     return result
 
 
-def evaluate(node: Node, shell: Expander) -> int | None:
+def evaluate(node: Node, shell: Shell) -> int | None:
     """The value of an expression, or None; assignments in it are made."""
     match node.type:
         case "number":
@@ -92,7 +100,7 @@ def evaluate(node: Node, shell: Expander) -> int | None:
     return _number(shell.value(node))
 
 
-def _binary(node: Node, shell: Expander) -> int | None:
+def _binary(node: Node, shell: Shell) -> int | None:
     first, sign, second = node.children[0], text(node.children[1]), node.children[-1]
     right = evaluate(second, shell)
     if sign == "=" or (sign.endswith("=") and sign[:-1] in _BINARY and sign not in _BINARY):
@@ -103,7 +111,7 @@ def _binary(node: Node, shell: Expander) -> int | None:
     return int(_BINARY[sign](left, right))
 
 
-def _assigned(name: str, sign: str, value: int | None, shell: Expander) -> int | None:
+def _assigned(name: str, sign: str, value: int | None, shell: Shell) -> int | None:
     if sign != "=" and value is not None:
         old = _variable(name, shell)
         value = None if old is None else int(_BINARY[sign[:-1]](old, value))
@@ -114,11 +122,11 @@ def _assigned(name: str, sign: str, value: int | None, shell: Expander) -> int |
     return value
 
 
-def _stepped(node: Node, sign: str, shell: Expander) -> int | None:
+def _stepped(node: Node, sign: str, shell: Shell) -> int | None:
     return _assigned(text(node), f"{sign[0]}=", 1, shell)
 
 
-def _variable(name: str, shell: Expander) -> int | None:
+def _variable(name: str, shell: Shell) -> int | None:
     value = shell.scope.find(name)
     return _number(value) if isinstance(value, str) else None
 

@@ -1,0 +1,124 @@
+"""`step35-patch check`: a launch command or script held against a config, without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from step35_patch.commands.config_argument import add_config_argument, read_config
+
+if TYPE_CHECKING:
+    from step35_patch.config.model import Step35Config
+    from step35_patch.launch.check import Report
+    from step35_patch.launch.shell import Call
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `step35-patch check`."""
+    add_config_argument(parser)
+    parser.add_argument("--script", metavar="FILE", type=Path, help="a launch script for bash")
+    parser.add_argument(
+        "--call", metavar="N", type=int, help="which training program's call of it is meant, from 1"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a variable that the script takes from elsewhere; may be repeated",
+    )
+    parser.add_argument("--gpus", metavar="N", type=int, help="how many there are")
+    parser.add_argument(
+        "--gpu-memory", metavar="GIB", type=float, help="of each, to hold the fullest rank against"
+    )
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="ARGS",
+        help="behind --: the launch command or its program's arguments; with --script, the "
+        "script's own",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what is wrong; returns the exit status, as `--help` says."""
+    config = read_config(options)
+    if config is None:
+        return 2
+    from step35_patch.launch.errors import UnreadableLaunch
+
+    try:
+        report = _report(config, options)
+    except UnreadableLaunch as error:
+        print(f"step35-patch check: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(as_json(report), indent=1))
+    else:
+        print(as_text(report))
+    return 1 if report.problems else 0
+
+
+def _report(config: Step35Config, options: argparse.Namespace) -> Report:
+    from step35_patch.launch.command import chosen, from_words, loose_words
+    from step35_patch.launch.errors import UnreadableLaunch
+
+    given = {}
+    for pair in options.set:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise UnreadableLaunch(f"--set: expected NAME=VALUE, found {pair!r}")
+        given[name] = value
+    notes: list[str] = []
+    loose: list[Call] = []
+    if options.script is None:
+        if given or options.call is not None:
+            raise UnreadableLaunch("--set and --call: expected a --script with them, found none")
+        command = from_words(options.words)
+    else:
+        from step35_patch.launch.shell import read_script
+
+        calls, notes = read_script(options.script, options.words, given)
+        loose = loose_words(calls)
+        command = chosen(calls, str(options.script), options.call)
+    # Before torch and Megatron are imported: nothing here may use a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from step35_patch import cpu
+
+    cpu.install()
+    import step35_patch
+    from step35_patch.launch.check import check
+
+    step35_patch.activate(config)
+    report = check(config, command, gpus=options.gpus, loose=loose)
+    report.notes[:0] = notes
+    return report
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Everything as one object."""
+    return {
+        "ok": not report.problems,
+        "problems": [
+            {"argument": p.argument, "expected": p.expected, "found": p.found, "fix": p.fix}
+            for p in report.problems
+        ],
+        "notes": report.notes,
+        "stages": [
+            {"pp": stage.pp, "vpp": stage.vpp, "layers": list(stage.layers)}
+            for stage in report.stages
+        ],
+    }
+
+
+def as_text(report: Report) -> str:
+    """Lines for a person."""
+    lines = [f"{problem}" for problem in report.problems]
+    lines += [f"note: {note}" for note in report.notes]
+    return "\n".join(lines)

@@ -1,0 +1,193 @@
+"""A launch held against a config: every problem at once, before a GPU is booked.
+
+What a run would refuse or fill in at its start is asked of the same functions
+(`step35_patch.patch.parse_args.complete`, Megatron's parser, Megatron's own checks). What comes on
+top is what a run finds out later, or one by one.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from step35_patch import settings as process
+from step35_patch.config.model import Step35Config
+from step35_patch.config.problem import Problem
+from step35_patch.costs.launch import Launch, LaunchError, Stage, from_arguments, stages
+from step35_patch.launch.command import TrainingCommand
+from step35_patch.launch.parsing import read_arguments
+from step35_patch.launch.recipe import recipe_notes
+from step35_patch.launch.shell import Call
+from step35_patch.launch.sizes import size_problems
+from step35_patch.launch.upstream import upstream_problems
+from step35_patch.launch.values import shown, unknowns
+from step35_patch.patch.arguments import given_on, installed_problems
+from step35_patch.patch.parse_args import YAML, complete
+
+
+@dataclass
+class Report:
+    """What was found.
+
+    Attributes:
+        problems: what cannot stay as it is; the launch is right if there is none.
+        notes: what is legal, and was perhaps not meant.
+        command: the launch.
+        launch: how it is laid out, if that could be said.
+        stages: which layers are where, in the order of the pipeline; empty if it could not be said.
+    """
+
+    command: TrainingCommand
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    launch: Launch | None = None
+    stages: list[Stage] = field(default_factory=list)
+
+
+def check(
+    config: Step35Config,
+    command: TrainingCommand,
+    *,
+    gpus: int | None = None,
+    loose: Sequence[Call] = (),
+) -> Report:
+    """Hold a launch against a config.
+
+    Megatron is imported, with the stand-in for CUDA; no process group is made and no model built.
+
+    Args:
+        config: the model.
+        command: the launch.
+        gpus: how many there are; None if the command says so.
+        loose: what stands in the script as a command of its own, and begins with an option.
+    """
+    report = Report(command)
+    report.problems += [
+        Problem(
+            call.words[0],
+            "an argument of the command before it",
+            f"a command of its own ({call.place})",
+            "take away the comment, the empty line or the missing backslash before it",
+        )
+        for call in loose
+    ]
+    report.problems += _activation_problems(command)
+    parsed = read_arguments(command.arguments)
+    report.problems += parsed.problems
+    report.notes += parsed.notes
+    args = parsed.args
+    args.rank, args.world_size = 0, gpus or command.world_size or 0
+    given = given_on(parsed.parser, parsed.words)
+    if "yaml_cfg" in given:
+        report.problems.append(YAML)
+        return report
+    settings, problems = _settings(config, command, args)
+    report.problems += problems
+    report.problems += complete(args, given, settings, parsed.parser)
+    report.notes += [f"in this environment: {problem}" for problem in installed_problems(args)]
+    report.problems += size_problems(args, config, command, gpus)
+    report.notes += recipe_notes(args, given, config)
+    _lay_out(args, report)
+    flagged = {name for p in report.problems for name in p.argument.split(", ")}
+    if args.world_size:
+        process.ask_for(config, settings.gate_layout, settings.window, settings.padded_logits)
+        report.problems += upstream_problems(args, command.environment, flagged)
+    if unread := [word for word in command.arguments if unknowns(word)]:
+        words = ", ".join(dict.fromkeys(map(shown, unread)))
+        report.notes.append(f"not known, and not looked at: {words}")
+    return report
+
+
+def _settings(
+    config: Step35Config, command: TrainingCommand, args: Any
+) -> tuple[process.Settings, list[Problem]]:
+    """What the launch asks for of this package; what is not legal counts as not given."""
+    problems = []
+
+    def choice[Choice: str](name: str, legal: tuple[Choice, ...]) -> Choice:
+        variable = f"STEP35_{name.upper()}"
+        asked = getattr(args, f"step35_{name}") or command.environment.get(variable) or legal[0]
+        for value in legal:
+            if value == asked:
+                return value
+        problems.append(Problem(variable, " or ".join(legal), shown(asked), "correct it"))
+        return legal[0]
+
+    settings = process.Settings(
+        config,
+        choice("gate_layout", process.GATE_LAYOUTS),
+        choice("window", process.WINDOWS),
+        choice("padded_logits", process.PADDED_LOGITS),
+        "CONFIG",
+    )
+    return settings, problems
+
+
+def _activation_problems(command: TrainingCommand) -> list[Problem]:
+    """Whether the launch would train Step-3.5 at all."""
+    if not command.program:
+        return []
+    problems = []
+    variables = command.environment
+    switch = variables.get("STEP35_PATCH", "")
+    if switch not in ("", "0", "1") and not unknowns(switch):
+        problems.append(Problem("STEP35_PATCH", "1 or 0", shown(switch), "set it to 1"))
+    elif not (switch == "1" or command.through_package or _imports_package(command.program)):
+        problems.append(
+            Problem(
+                "STEP35_PATCH",
+                "1 in the environment of the training program, without which stock Megatron-Core "
+                "builds another model",
+                shown(switch) or "none",
+                "export STEP35_PATCH=1, or start it by -m step35_patch",
+            )
+        )
+    named = any(word.partition("=")[0] == "--step35-config" for word in command.arguments)
+    if not named and not variables.get("STEP35_CONFIG"):
+        problems.append(
+            Problem(
+                "STEP35_CONFIG",
+                "the path of the config, without which the patch is inert",
+                "none",
+                "export STEP35_CONFIG=PATH, or give --step35-config PATH",
+            )
+        )
+    return problems
+
+
+def _imports_package(program: str) -> bool:
+    """Whether a program that can be read here imports this package itself."""
+    if unknowns(program) or not os.path.isfile(program):
+        return False
+    try:
+        tree = ast.parse(Path(program).read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return False
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return any(name.partition(".")[0] == "step35_patch" for name in names)
+
+
+def _lay_out(args: Any, report: Report) -> None:
+    """Which layers are where; what stands in the way is a problem."""
+    sizes = (
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.context_parallel_size,
+        args.expert_model_parallel_size,
+    )
+    if min(sizes) < 1 or args.seq_length is None or not args.micro_batch_size:
+        return
+    try:
+        report.launch = from_arguments(args)
+        report.stages = stages(report.launch)
+    except LaunchError as error:
+        report.problems += [Problem(*problem) for problem in error.problems]
