@@ -36,12 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu-memory", metavar="GIB", type=float, help="of each, to hold the fullest rank against"
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
-    parser.add_argument(
-        "words",
-        nargs="*",
-        metavar="ARGS",
-        help="behind --: the launch command or its program's arguments; with --script, the "
-        "script's own",
+    parser.usage = (
+        "step35-patch check [-h] [--script FILE] [--call N] [--set NAME=VALUE] [--gpus N] "
+        "[--gpu-memory GIB] [--json] CONFIG [-- ARGS ...]"
+    )
+    parser.epilog = (
+        "ARGS: the launch command, or its program's arguments alone; with --script, the script's "
+        "own arguments."
     )
     parser.set_defaults(run=run)
 

@@ -16,6 +16,13 @@ from step35_patch.config.problem import Problem
 from step35_patch.launch.values import shown, unknowns
 from step35_patch.patch.parse_args import add_arguments
 
+_EMPTY = Problem(
+    "''",
+    "an argument that begins with --",
+    "an empty word",
+    "take it away; it comes of quotes around an empty variable",
+)
+
 
 class _Parser(argparse.ArgumentParser):
     """Raises where argparse would end the process."""
@@ -95,11 +102,13 @@ def _unknown_words(name: str, values: list[str], known: Sequence[str]) -> list[P
             _not_known(shown(value), value)
             if unknowns(value)
             else Problem(
-                shown(value) or "''",
+                shown(value),
                 "an argument that begins with --",
                 "a word that belongs to none",
-                "take it away; an empty word comes of quotes around an empty variable",
+                "take it away",
             )
+            if value
+            else _EMPTY
             for value in values
         ]
     option = name.partition("=")[0]
@@ -112,7 +121,7 @@ def _unknown_words(name: str, values: list[str], known: Sequence[str]) -> list[P
         Problem(
             option,
             "an argument that the installed Megatron-Core's parser has",
-            "one that it does not have",
+            "an unknown one",
             f"did you mean {near[0]}?" if near else "take it away",
         )
     ]
@@ -139,6 +148,8 @@ def _unreadable(
         )
     if not rest:
         return None
+    if "" in rest:
+        return _EMPTY
     if any(unknowns(value) for value in rest):
         return _not_known(option, next(value for value in rest if unknowns(value)))
     return Problem(

@@ -50,7 +50,8 @@ def upstream_problems(
             problem = _problem(error, args)
         else:
             return []
-    named = set(problem.argument.split(", "))
+    # What is derived of an argument is wrong with it.
+    named = {name.replace("--eval-", "--") for name in problem.argument.split(", ")}
     return [] if named & set(flagged) else [problem]
 
 

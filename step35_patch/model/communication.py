@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from step35_patch.config.errors import ranges
 from step35_patch.config.model import Step35Config
 from step35_patch.config.problem import Problem
 
@@ -78,7 +79,7 @@ def cp_comm_type_problems(
                 "cp_comm_type",
                 "a2a or all_gather in the layers with a sliding window, with which Transformer "
                 "Engine knows windows",
-                f"{' '.join(found)} in {', '.join(str(plan.index) for plan in wrong)}",
+                f"{' '.join(found)} in {ranges([plan.index for plan in wrong])}",
                 f"give one of the two for all layers, or a list of {config.num_hidden_layers}, in "
                 "which full-attention layers may have p2p",
             )
