@@ -44,6 +44,13 @@ _COMMANDS = {
         "is wrong with it. Exit status: 0 nothing, 1 something, 2 the input could not be read.",
         takes_words=True,
     ),
+    "rehearse": _Command(
+        help="start a launch script on this CPU with the model shrunk",
+        description="Start a launch command on this CPU, with fewer and smaller layers and fewer "
+        "ranks, save, and resume. Exit status: 0 it starts, 1 it does not, 2 the input could not "
+        "be read.",
+        takes_words=True,
+    ),
     "convert": _Command(
         help="convert weights between the published layout and Megatron's, in little memory",
         description="Convert weights losslessly, without a GPU, on one machine.",

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from step35_patch.commands.config_argument import add_config_argument, read_config
+from step35_patch.commands.launch_input import add_script_arguments, read_launch, without_a_gpu
+from step35_patch.commands.upstream_notices import without_upstream_notices
 
 if TYPE_CHECKING:
     from step35_patch.config.model import Step35Config
     from step35_patch.launch.check import Report
-    from step35_patch.launch.shell import Call
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `step35-patch check`."""
     add_config_argument(parser)
     parser.add_argument("--script", metavar="FILE", type=Path, help="a launch script for bash")
-    parser.add_argument(
-        "--call", metavar="N", type=int, help="which training program's call of it is meant, from 1"
-    )
-    parser.add_argument(
-        "--set",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        help="a variable that the script takes from elsewhere; may be repeated",
-    )
+    add_script_arguments(parser)
     parser.add_argument("--gpus", metavar="N", type=int, help="how many there are")
     parser.add_argument(
         "--gpu-memory", metavar="GIB", type=float, help="of each, to hold the fullest rank against"
@@ -67,38 +58,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _report(config: Step35Config, options: argparse.Namespace) -> Report:
-    from step35_patch.launch.command import chosen, from_words, loose_words
-    from step35_patch.launch.errors import UnreadableLaunch
-
-    given = {}
-    for pair in options.set:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.isidentifier():
-            raise UnreadableLaunch(f"--set: expected NAME=VALUE, found {pair!r}")
-        given[name] = value
-    notes: list[str] = []
-    loose: list[Call] = []
-    if options.script is None:
-        if given or options.call is not None:
-            raise UnreadableLaunch("--set and --call: expected a --script with them, found none")
-        command = from_words(options.words)
-    else:
-        from step35_patch.launch.shell import read_script
-
-        calls, notes = read_script(options.script, options.words, given)
-        loose = loose_words(calls)
-        command = chosen(calls, str(options.script), options.call)
-    # Before torch and Megatron are imported: nothing here may use a GPU.
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from step35_patch import cpu
-
-    cpu.install()
-    import step35_patch
+    launch = read_launch(options, options.script)
+    without_a_gpu()
     from step35_patch.launch.check import check
 
-    step35_patch.activate(config)
-    report = check(config, command, gpus=options.gpus, loose=loose)
-    report.notes[:0] = notes
+    with without_upstream_notices():
+        report = check(config, launch.command, gpus=options.gpus, loose=launch.loose)
+    report.notes[:0] = launch.notes
     return report
 
 

@@ -25,6 +25,7 @@ from step35_patch.launch.shell import Call
 from step35_patch.launch.sizes import size_problems
 from step35_patch.launch.upstream import upstream_problems
 from step35_patch.launch.values import shown, unknowns
+from step35_patch.patch.activation import activate
 from step35_patch.patch.arguments import given_on, installed_problems
 from step35_patch.patch.parse_args import YAML, complete
 
@@ -94,7 +95,12 @@ def check(
     _lay_out(args, report)
     flagged = {name for p in report.problems for name in p.argument.split(", ")}
     if args.world_size:
-        process.ask_for(config, settings.gate_layout, settings.window, settings.padded_logits)
+        activate(
+            config,
+            gate_layout=settings.gate_layout,
+            window=settings.window,
+            padded_logits=settings.padded_logits,
+        )
         report.problems += upstream_problems(args, command.environment, flagged)
     if unread := [word for word in command.arguments if unknowns(word)]:
         words = ", ".join(dict.fromkeys(map(shown, unread)))

@@ -68,7 +68,7 @@ def read_arguments(words: Sequence[str]) -> Parsed:
     parser = megatron_parser()
     known = {name: action for action in parser._actions for name in action.option_strings}
     parsed = Parsed(parser, None, [])
-    groups = list(_groups(words))
+    groups = list(argument_groups(words))
     for name, values in groups:
         action = known.get(name.partition("=")[0]) if name.startswith("-") else None
         if action is None:
@@ -82,7 +82,7 @@ def read_arguments(words: Sequence[str]) -> Parsed:
     return parsed
 
 
-def _groups(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def argument_groups(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Each option with the words up to the next one; first, words that no option stands before."""
     name, values = "", list[str]()
     for word in words:
