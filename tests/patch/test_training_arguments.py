@@ -103,7 +103,7 @@ def test_fewer_mtp_layers_may_be_trained(parse):
     assert parse("--mtp-num-layers", "0", config=without).mtp_num_layers is None
     with pytest.raises(Step35ArgumentError, match="--use-checkpoint-args: expected none with"):
         parse("--mtp-num-layers", "0", "--use-checkpoint-args", config=tiny_config())
-    with pytest.raises(Step35ArgumentError, match="--mtp-num-layers: expected 2, .* found 3"):
+    with pytest.raises(Step35ArgumentError, match=r"--mtp-num-layers: expected 2, .* found 3"):
         parse("--mtp-num-layers", "3", config=tiny_config())
 
 
