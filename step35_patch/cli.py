@@ -33,6 +33,11 @@ _COMMANDS = {
         help="print Megatron's arguments for a config, ready for a launch script",
         description="Print the arguments of pretrain_gpt.py that describe a config's model.",
     ),
+    "estimate": _Command(
+        help="memory, operations and messages of a parallel layout; search for layouts that fit",
+        description="Count what a run costs under a parallel layout: memory of each rank, "
+        "operations of a token, bytes sent in a step. Needs no GPU and no torch.",
+    ),
     "convert": _Command(
         help="convert weights between the published layout and Megatron's, in little memory",
         description="Convert weights losslessly, without a GPU, on one machine.",

@@ -1,0 +1,197 @@
+"""What keeps a model from being laid out as a launch says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from step35_patch.config.model import Step35Config
+from step35_patch.costs.activations import RECOMPUTED_MODULES
+from step35_patch.costs.launch import DTYPE_BYTES, Launch, LaunchError, LaunchProblem, stages
+from step35_patch.costs.optimizer_state import OPTIMIZERS
+
+
+def launch_problems(config: Step35Config, launch: Launch) -> list[LaunchProblem]:
+    """Everything that is wrong with it; empty if it can be laid out."""
+    sizes = [
+        LaunchProblem(option, "a positive number", f"{value}", "change it")
+        for option, value in _positive(launch).items()
+        if value < 1
+    ]
+    if sizes:  # nothing can be divided by them
+        return sizes
+    problems = [
+        *_world_problems(launch),
+        *_model_problems(config, launch),
+        *_batch_problems(launch),
+        *_memory_problems(launch),
+    ]
+    try:
+        stages(launch)
+    except LaunchError as error:
+        problems += error.problems
+    return problems
+
+
+def _positive(launch: Launch) -> dict[str, int]:
+    return {
+        "--tensor-model-parallel-size": launch.tensor_model_parallel_size,
+        "--pipeline-model-parallel-size": launch.pipeline_model_parallel_size,
+        "--num-virtual-stages-per-pipeline-rank": launch.virtual_pipeline_model_parallel_size or 1,
+        "--context-parallel-size": launch.context_parallel_size,
+        "--expert-model-parallel-size": launch.expert_model_parallel_size,
+        "--expert-tensor-parallel-size": launch.expert_tensor_parallel_size,
+        "WORLD_SIZE": launch.world_size,
+        "--seq-length": launch.seq_length,
+        "--micro-batch-size": launch.micro_batch_size,
+        "--global-batch-size": launch.global_batch_size,
+        "--padded-vocab-size": launch.padded_vocab_size,
+    }
+
+
+def _world_problems(launch: Launch) -> Iterator[LaunchProblem]:
+    tp, pp = launch.tensor_model_parallel_size, launch.pipeline_model_parallel_size
+    for sizes in (
+        {"tensor": tp, "pipeline": pp, "context": launch.context_parallel_size},
+        {
+            "expert-tensor": launch.expert_tensor_parallel_size,
+            "expert": launch.expert_model_parallel_size,
+            "pipeline": pp,
+        },
+    ):
+        needed = 1
+        for size in sizes.values():
+            needed *= size
+        if launch.world_size % needed:
+            words = " x ".join(f"{name} {size}" for name, size in sizes.items())
+            yield LaunchProblem(
+                "WORLD_SIZE",
+                f"a multiple of {needed} GPUs ({words})",
+                f"{launch.world_size}",
+                "use more GPUs, or smaller parallel sizes",
+            )
+
+
+def _model_problems(config: Step35Config, launch: Launch) -> Iterator[LaunchProblem]:
+    tp, etp = launch.tensor_model_parallel_size, launch.expert_tensor_parallel_size
+    mtp, ep = config.num_nextn_predict_layers, launch.expert_model_parallel_size
+    if launch.num_layers != config.num_hidden_layers:
+        yield LaunchProblem(
+            "--num-layers", f"{config.num_hidden_layers}", f"{launch.num_layers}", "leave it out"
+        )
+    if not 0 <= launch.mtp_num_layers <= mtp:
+        yield LaunchProblem(
+            "--mtp-num-layers", f"0 to {mtp}", f"{launch.mtp_num_layers}", "leave it out"
+        )
+    divided = {
+        "num_attention_groups": (config.num_attention_groups, tp, "--tensor-model-parallel-size"),
+        "intermediate_size": (config.intermediate_size, tp, "--tensor-model-parallel-size"),
+        "the padded vocabulary": (launch.padded_vocab_size, tp, "--tensor-model-parallel-size"),
+    }
+    if config.use_moe:
+        divided |= {
+            "share_expert_dim": (
+                config.share_expert_dim or 0,
+                tp,
+                "--tensor-model-parallel-size",
+            ),
+            "moe_num_experts": (config.moe_num_experts or 0, ep, "--expert-model-parallel-size"),
+            "moe_intermediate_size": (
+                config.moe_intermediate_size or 0,
+                etp,
+                "--expert-tensor-parallel-size",
+            ),
+        }
+    elif ep > 1:
+        yield LaunchProblem(
+            "--expert-model-parallel-size", "1 for a model without experts", f"{ep}", "leave it out"
+        )
+    for name, (whole, size, option) in divided.items():
+        if whole % size:
+            yield LaunchProblem(option, f"a divisor of {name}={whole}", f"{size}", "choose one")
+    if launch.padded_vocab_size < config.vocab_size:
+        yield LaunchProblem(
+            "--padded-vocab-size",
+            f"at least vocab_size={config.vocab_size}",
+            f"{launch.padded_vocab_size}",
+            "leave it out",
+        )
+    if config.use_moe and tp > 1 and not launch.sequence_parallel:
+        yield LaunchProblem(
+            "--sequence-parallel",
+            "it with --tensor-model-parallel-size and experts",
+            "none",
+            "add it, which Megatron-Core asks for",
+        )
+
+
+def _batch_problems(launch: Launch) -> Iterator[LaunchProblem]:
+    cp, dp = launch.context_parallel_size, launch.data_parallel_size
+    parts = 2 * cp if cp > 1 else 1
+    if launch.sequence_parallel:
+        parts *= launch.tensor_model_parallel_size
+    if launch.seq_length % parts:
+        yield LaunchProblem(
+            "--seq-length",
+            f"a multiple of {parts}, which tensor and context parallelism cut it into",
+            f"{launch.seq_length}",
+            "change it",
+        )
+    step = launch.micro_batch_size * dp
+    if not step:
+        return  # too few GPUs: said already
+    if launch.global_batch_size % step:
+        yield LaunchProblem(
+            "--global-batch-size",
+            f"a multiple of --micro-batch-size {launch.micro_batch_size} x {dp} data-parallel "
+            "ranks",
+            f"{launch.global_batch_size}",
+            "change it",
+        )
+        return
+    if launch.virtual_pipeline_model_parallel_size is None:
+        return
+    pp, count = launch.pipeline_model_parallel_size, launch.num_microbatches
+    if pp == 1:
+        yield LaunchProblem(
+            "--num-virtual-stages-per-pipeline-rank",
+            "none without pipeline parallelism",
+            f"{launch.virtual_pipeline_model_parallel_size}",
+            "leave it out",
+        )
+    # Of `forward_backward_pipelining_with_interleaving`.
+    group = launch.microbatch_group_size_per_vp_stage or pp
+    if count < group or 0 < count % group < pp:
+        yield LaunchProblem(
+            "--global-batch-size",
+            f"with virtual stages, micro-batches in groups of {group} (what is left over: none, or "
+            f"at least {pp})",
+            f"{count} of them on each data-parallel rank",
+            "use a larger batch, or fewer pipeline stages",
+        )
+
+
+def _memory_problems(launch: Launch) -> Iterator[LaunchProblem]:
+    for option, value, legal in (
+        ("--optimizer", launch.optimizer, OPTIMIZERS),
+        ("--main-params-dtype", launch.main_params_dtype, tuple(DTYPE_BYTES)),
+        ("--exp-avg-dtype", launch.exp_avg_dtype, tuple(DTYPE_BYTES)),
+        ("--exp-avg-sq-dtype", launch.exp_avg_sq_dtype, tuple(DTYPE_BYTES)),
+    ):
+        if value not in legal:
+            yield LaunchProblem(
+                option, " or ".join(legal), value, "nothing is known of its memory: choose one"
+            )
+    for module in launch.recompute_modules:
+        if module not in RECOMPUTED_MODULES:
+            yield LaunchProblem(
+                "--recompute-modules", " or ".join(RECOMPUTED_MODULES), module, "choose of these"
+            )
+    aware = launch.use_precision_aware_optimizer
+    if aware and not (launch.optimizer == "adam" and launch.use_distributed_optimizer):
+        yield LaunchProblem(
+            "--use-precision-aware-optimizer",
+            "--optimizer adam --use-distributed-optimizer with it",
+            f"--optimizer {launch.optimizer}"
+            + " --use-distributed-optimizer" * launch.use_distributed_optimizer,
+            "add them, or leave it out",
+        )
