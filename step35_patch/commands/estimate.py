@@ -24,6 +24,12 @@ exit status: 0; 1 if the model does not fit into --gpu-memory, or cannot be laid
 config could not be read, and for wrong usage. docs/estimate.md says what is counted, and how."""
 # What --recompute may be besides modules of selective recomputation, with or without ":N".
 _FULL = {"full": "uniform", "uniform": "uniform", "block": "block"}
+# Options that --search decides.
+_OF_LAYOUT = (
+    *("tp", "pp", "vpp", "cp", "ep", "etp", "gpus", "pipeline_layout"),
+    *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+)
 _DTYPES = ("fp32", "fp16", "bf16", "fp8")
 
 
@@ -46,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GPUS",
         help="list the layouts that fit on so many GPUs of --gpu-memory, best first",
     )
-    parser.add_argument(
-        "--limit", type=int, default=20, metavar="N", help="list so many (default: %(default)s)"
-    )
+    parser.add_argument("--limit", type=int, metavar="N", help="list no more than so many")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(run=run)
 
@@ -61,7 +65,7 @@ def _add_layout(group: Any) -> None:
         "--cp": "context-parallel size",
         "--ep": "expert-parallel size",
     }.items():
-        group.add_argument(option, type=int, default=1, metavar="N", help=f"{words} (default: 1)")
+        group.add_argument(option, type=int, metavar="N", help=f"{words} (default: 1)")
     group.add_argument(
         "--etp",
         type=int,
@@ -209,20 +213,18 @@ def launch_of(options: argparse.Namespace, config: Step35Config) -> Launch:
     for name, value in numbers.items():
         if value < (0 if name == "mtp_num_layers" else 1):
             _wrong(f"--{name.replace('_', '-')}: expected a positive number, found {value}")
-    etp = options.tp if options.etp is None else options.etp
-    gpus = options.gpus
-    if gpus is None:
-        needed = options.tp * options.cp, etp * options.ep
-        gpus = options.pp * math.lcm(*needed)
+    tp, pp, cp, ep = options.tp or 1, options.pp or 1, options.cp or 1, options.ep or 1
+    etp = options.etp or tp
+    gpus = options.gpus or pp * math.lcm(tp * cp, etp * ep)
     virtual = None if options.vpp == 1 else options.vpp
     if options.pipeline_layout is not None:
         try:
-            given, virtual = virtual, virtual_size_of(options.pipeline_layout, options.pp)
+            given, virtual = virtual, virtual_size_of(options.pipeline_layout, pp)
         except LaunchError as error:
             _wrong(f"--pipeline-layout: {error}")
         if given not in (None, virtual):
             _wrong(f"--vpp: expected {virtual or 1} with this --pipeline-layout, found {given}")
-    data = max(gpus // (options.tp * options.pp * options.cp), 1)
+    data = max(gpus // (tp * pp * cp), 1)
     mtp = options.mtp_num_layers
     return Launch(
         num_layers=config.num_hidden_layers,
@@ -231,22 +233,21 @@ def launch_of(options: argparse.Namespace, config: Step35Config) -> Launch:
         gate_layout=options.gate_layout,
         window=options.window,
         world_size=gpus,
-        tensor_model_parallel_size=options.tp,
-        sequence_parallel=options.tp > 1,
-        pipeline_model_parallel_size=options.pp,
+        tensor_model_parallel_size=tp,
+        sequence_parallel=tp > 1,
+        pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=virtual,
         pipeline_model_parallel_layout=options.pipeline_layout,
         decoder_first_pipeline_num_layers=options.decoder_first_pipeline_num_layers,
         decoder_last_pipeline_num_layers=options.decoder_last_pipeline_num_layers,
         account_for_embedding_in_pipeline_split=options.account_for_embedding_in_pipeline_split,
         account_for_loss_in_pipeline_split=options.account_for_loss_in_pipeline_split,
-        context_parallel_size=options.cp,
-        expert_model_parallel_size=options.ep,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
         expert_tensor_parallel_size=etp,
         seq_length=options.seq_length,
         micro_batch_size=options.micro_batch_size,
-        global_batch_size=options.global_batch_size
-        or data * options.micro_batch_size * (options.pp if options.pp > 1 else 1),
+        global_batch_size=options.global_batch_size or data * options.micro_batch_size * pp,
         transformer_impl=options.transformer_impl,
         cross_entropy_loss_fusion=options.cross_entropy_fusion_impl is not None,
         cross_entropy_fusion_impl=options.cross_entropy_fusion_impl or "native",
@@ -331,6 +332,9 @@ def _search(options: argparse.Namespace, config: Step35Config, launch: Launch) -
 
     if options.gpu_memory is None:
         _wrong("--search: expected --gpu-memory with it, found none")
+    for name in _OF_LAYOUT:
+        if getattr(options, name):
+            _wrong(f"--{name.replace('_', '-')}: expected none with --search, which tries them all")
     if options.global_batch_size is None:
         launch = replace(launch, global_batch_size=options.search * options.micro_batch_size)
     limit = int(options.gpu_memory * GIB)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from step35_patch.commands.tables import print_table
+from step35_patch.costs.search import OPTIONS
 
 if TYPE_CHECKING:
     from step35_patch.costs.estimate import Estimate
@@ -48,13 +49,13 @@ def print_estimate(found: Estimate, gpu_memory: float | None) -> None:
     rows = []
     for rank in found.ranks:
         layers = ", ".join(_range(stage.layers) for stage in rank.stages)
-        sizes = (rank.weights, rank.gradients, rank.optimizer, rank.activations, rank.memory)
+        held = (rank.weights, rank.gradients, rank.optimizer, rank.activations, rank.memory)
         rows.append(
             (
                 f"{rank.pp}",
                 layers,
                 f"{rank.parameters.total}",
-                *(f"{size / _GIB:.2f}" for size in sizes),
+                *(f"{size / _GIB:.2f}" for size in held),
                 f"{rank.micro_batches:.2f}",
             )
         )
@@ -93,7 +94,7 @@ def _range(layers: Sequence[int]) -> str:
     return f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
 
 
-def print_search(fitting: Sequence[Found], gpus: int, gpu_memory: float, limit: int) -> None:
+def print_search(fitting: Sequence[Found], gpus: int, gpu_memory: float, limit: int | None) -> None:
     """Print the best layouts, or that there is none."""
     if not fitting:
         print(
@@ -101,6 +102,9 @@ def print_search(fitting: Sequence[Found], gpus: int, gpu_memory: float, limit: 
             "distributed optimizer and bf16 gradients: use more GPUs, or a shorter --seq-length"
         )
         return
+    used = [option for option in OPTIONS if any(option in one.needs for one in fitting)]
+    for number, option in enumerate(used, 1):
+        print(f"needs {number}: {option}")
     columns = ("", "TP", "PP", "VPP", "CP", "EP", "ETP", "DP", "GiB", "score", "needs", "layout")
     rows = []
     for number, one in enumerate(fitting[:limit], 1):
@@ -117,8 +121,8 @@ def print_search(fitting: Sequence[Found], gpus: int, gpu_memory: float, limit: 
                 f"{launch.data_parallel_size}",
                 f"{one.memory / _GIB:.1f}",
                 f"{one.score:.2f}",
-                " ".join(one.needs) or "-",
+                " ".join(f"{used.index(option) + 1}" for option in one.needs) or "-",
                 launch.pipeline_model_parallel_layout or "-",
             )
         )
-    print_table(f"{len(fitting)} layouts fit, best first", columns, rows)
+    print_table(f"{len(fitting)} layouts fit on {gpus} GPUs, best first", columns, rows)

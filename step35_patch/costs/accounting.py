@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.config.model import Step35Config, Window
-from step35_patch.costs.launch import Launch, Stage
+from step35_patch.costs.launch import Launch, Stage, layer_plans
 from step35_patch.settings import GATE_LAYOUTS
 from step35_patch.tensors.table import Row, layer_rows
 
@@ -66,7 +66,7 @@ def flops_by_part(
     length = squared_lengths / tokens
     total = dict.fromkeys(FLOP_PARTS, 0.0)
     total["output"] = config.hidden_size * vocab_size
-    for plan in config.resolve(window)[: config.num_hidden_layers + mtp_layers]:
+    for plan in layer_plans(config, window)[: config.num_hidden_layers + mtp_layers]:
         for part, count in _madds(config, plan, length).items():
             total[part] += count
         if plan.is_mtp:
@@ -91,7 +91,7 @@ def _madds(config: Step35Config, plan: LayerPlan, length: float) -> dict[str, fl
 
 def stage_flops(config: Step35Config, launch: Launch, stage: Stage) -> float:
     """Operations of a token, forward and backward, on all ranks of one stage together."""
-    plans = config.resolve(launch.window)
+    plans = layer_plans(config, launch.window)
     madds = sum(
         sum(_madds(config, plans[index], launch.seq_length).values()) for index in stage.layers
     )

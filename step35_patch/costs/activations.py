@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.config.model import Step35Config
-from step35_patch.costs.launch import DTYPE_BYTES, Launch, Stage
+from step35_patch.costs.launch import DTYPE_BYTES, Launch, Stage, layer_plans
 from step35_patch.tensors.qkv_layout import QkvLayout
 
 # Bytes of an index, of a number in fp32, and of a bool.
@@ -263,7 +263,7 @@ def _mtp_layers(config: Step35Config, launch: Launch, layers: tuple[int, ...]) -
 @lru_cache(maxsize=4096)
 def _layer(config: Step35Config, launch: Launch, index: int) -> _Step:
     """A layer without full recomputation."""
-    plan, sizes = config.resolve(launch.window)[index], _Sizes.of(config, launch)
+    plan, sizes = layer_plans(config, launch.window)[index], _Sizes.of(config, launch)
     parts = layer_parts(config, plan, launch)
     again = sum(parts[name] for name in _dropped(launch, parts))
     kept = sum(parts.values()) - again + _kept_by_core_attn(plan, launch, sizes)

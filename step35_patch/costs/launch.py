@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from step35_patch.config.model import Window
+from step35_patch.config.layer_plan import LayerPlan
+from step35_patch.config.model import Step35Config, Window
 from step35_patch.costs.launch_errors import LaunchError, LaunchProblem
 from step35_patch.costs.pipeline_letters import layers_of_stages, virtual_size_of
 from step35_patch.settings import GateLayout
@@ -24,6 +26,7 @@ __all__ = [
     "LaunchProblem",
     "Stage",
     "from_arguments",
+    "layer_plans",
     "stages",
     "virtual_size_of",
 ]
@@ -176,6 +179,12 @@ class Stage:
     def layers(self) -> tuple[int, ...]:
         """Absolute indices of all of them."""
         return self.decoder_layers + self.mtp_layers
+
+
+@lru_cache(maxsize=8)  # they are asked for layer by layer
+def layer_plans(config: Step35Config, window: Window) -> tuple[LayerPlan, ...]:
+    """The plan of each layer: `Step35Config.resolve`."""
+    return config.resolve(window)
 
 
 def stages(launch: Launch) -> list[Stage]:

@@ -26,9 +26,19 @@ def launch_problems(config: Step35Config, launch: Launch) -> list[LaunchProblem]
         *_memory_problems(launch),
     ]
     try:
-        stages(launch)
+        found = stages(launch)
     except LaunchError as error:
-        problems += error.problems
+        return [*problems, *error.problems]
+    if any(stage.pp == 0 and stage.mtp_layers and not stage.embedding for stage in found):
+        # Of `step35_patch.model.mtp.embedding_chunk_problems`.
+        problems.append(
+            LaunchProblem(
+                "--pipeline-model-parallel-layout",
+                "MTP layers beside the embedding or on another pipeline rank",
+                "them on another virtual stage of the first rank",
+                "move them: Megatron-Core sums the gradients of one copy of the embedding a rank",
+            )
+        )
     return problems
 
 

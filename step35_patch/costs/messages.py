@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.config.model import Step35Config
-from step35_patch.costs.launch import DTYPE_BYTES, Launch, Stage
+from step35_patch.costs.launch import DTYPE_BYTES, Launch, Stage, layer_plans
 from step35_patch.costs.weights import Kind, stage_weights
 
 
@@ -48,7 +48,7 @@ def sent_by_rank(config: Step35Config, launch: Launch, stages: Iterable[Stage], 
     """
     stages = list(stages)
     own = [stage for stage in stages if stage.pp == pp]
-    plans = config.resolve(launch.window)
+    plans = layer_plans(config, launch.window)
     layers = [plans[index] for stage in own for index in stage.layers]
     micro_batches = launch.num_microbatches
     return Sent(
@@ -100,12 +100,14 @@ def _context(plan: LayerPlan, launch: Launch) -> float:
     bytes_of_head = plan.kv_channels * DTYPE_BYTES[launch.precision] * launch.tokens_of_microbatch
     bytes_of_head //= launch.tensor_model_parallel_size
     heads, groups = plan.num_attention_heads, plan.num_query_groups
-    if plan.window_size is None:  # p2p: keys and values go round; backward, their gradients too
-        forward = (size - 1) * 2 * groups * bytes_of_head
-        return forward * (_forwards(launch) + 2)
-    # a2a: q, k and v for other heads, and the output back.
-    heads_around = _ring(size) * (2 * heads + 2 * groups) * bytes_of_head
-    return heads_around * (_forwards(launch) + 1)
+    if plan.window_size is not None and groups % (size * launch.tensor_model_parallel_size) == 0:
+        # a2a: q, k and v for other heads, and the output back.
+        heads_around = _ring(size) * (2 * heads + 2 * groups) * bytes_of_head
+        return heads_around * (_forwards(launch) + 1)
+    # p2p, where attention is full, and all_gather: keys and values go to all ranks; backward, they
+    # do so again, and their gradients come back.
+    forward = (size - 1) * 2 * groups * bytes_of_head
+    return forward * (_forwards(launch) + 2)
 
 
 def _expert(config: Step35Config, launch: Launch) -> float:

@@ -6,7 +6,9 @@ Without what buffers are padded with, and without what a step makes for a moment
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from step35_patch.costs.launch import DTYPE_BYTES, Launch
@@ -70,7 +72,7 @@ def _optimizer(weights: list[Weight], launch: Launch) -> int:
         share = -(-scalar // ranks) if launch.is_distributed else scalar
         total += share * _bytes_of_scalar(launch)
         held = sum(weight.total for weight in matrices)
-        if is_layer_wise:
+        if is_layer_wise and ranks > 1:
             held = _fullest(matrices, ranks)
         total += held * (_main(launch) + _FP32)  # momentum
     return total
@@ -101,10 +103,21 @@ def _fullest(matrices: list[Weight], ranks: int) -> int:
     As `LayerWiseDistributedOptimizer` does within each bucket of gradients: each goes to the rank
     that has the least.
     """
+    counts: Counter[int] = Counter()
+    for weight in matrices:
+        counts[weight.elements] += weight.count
+    return _fullest_of(tuple(sorted(counts.items(), reverse=True)), ranks)
+
+
+@lru_cache(maxsize=4096)  # a search asks for the same ones again and again
+def _fullest_of(counts: tuple[tuple[int, int], ...], ranks: int) -> int:
+    """The same of how many matrices there are of each size, the largest first."""
     loads = [0] * ranks
-    sizes = sorted(
-        (weight.elements for weight in matrices for _ in range(weight.count)), reverse=True
-    )
-    for size in sizes:
-        heapq.heapreplace(loads, loads[0] + size)
+    for size, count in counts:
+        left = count
+        if max(loads) == loads[0]:  # all ranks are alike: whole rounds go to each
+            rounds, left = divmod(count, ranks)
+            loads = [load + rounds * size for load in loads]
+        for _ in range(left):
+            heapq.heapreplace(loads, loads[0] + size)
     return max(loads)

@@ -44,6 +44,7 @@ _SAVINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ),
     ("--grad-reduce-in-bf16", {"accumulate_allreduce_grads_in_fp32": False}),
 )
+OPTIONS = tuple(option for option, _ in _SAVINGS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,9 @@ class Found:
 
 
 def search(config: Step35Config, launch: Launch, *, gpus: int, memory: int) -> list[Found]:
-    """Every layout that fits, best first; of options that save memory, no more than each needs.
+    """Every layout that fits, best first, each with the number of virtual stages that is best.
+
+    Options that save memory are added one by one, until a layout fits.
 
     Args:
         config: The model.
@@ -73,13 +76,15 @@ def search(config: Step35Config, launch: Launch, *, gpus: int, memory: int) -> l
         gpus: How many there are.
         memory: Bytes of each.
     """
-    found = []
-    for candidate in _candidates(config, launch, gpus):
-        if launch_problems(config, candidate):
-            continue
-        fitting = _fitting(config, candidate, memory)
-        if fitting is not None:
-            found.append(fitting)
+    found: list[Found] = []
+    for sizes in _candidates(config, launch, gpus):
+        fitting = [
+            one
+            for candidate in _with_stages(sizes)
+            if not launch_problems(config, candidate)
+            and (one := _fitting(config, candidate, memory)) is not None
+        ]
+        found += sorted(fitting, key=lambda one: one.score)[:1]
     return sorted(found, key=lambda one: one.score)
 
 
@@ -131,7 +136,7 @@ def _candidates(config: Step35Config, launch: Launch, gpus: int) -> Iterator[Lau
                     for ep in divisors:
                         if stage % (etp * ep) or (experts or 1) % ep:
                             continue
-                        sizes = replace(
+                        yield replace(
                             launch,
                             world_size=gpus,
                             tensor_model_parallel_size=tp,
@@ -141,7 +146,6 @@ def _candidates(config: Step35Config, launch: Launch, gpus: int) -> Iterator[Lau
                             expert_model_parallel_size=ep,
                             expert_tensor_parallel_size=etp,
                         )
-                        yield from _with_stages(sizes)
 
 
 def _with_stages(launch: Launch) -> Iterator[Launch]:
