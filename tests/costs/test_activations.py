@@ -130,7 +130,10 @@ def launch(bf16: bool = True, **options: Any) -> Launch:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_activations_are_within_a_tenth_of_what_torch_allocates(tmp_path, mode, record_property):
-    """After the forward pass, and at the peak of both passes; of a second step."""
+    """After the forward pass, and at the peak of both passes; of a second step.
+
+    Not at the peak where kernels of Transformer Engine are stood in for, by more than they make.
+    """
     options = {"bf16": True} | MODES[mode]
     model = build(tmp_path, **options)
     tokens = torch.randint(0, 159, (1, TOKENS))
@@ -142,10 +145,9 @@ def test_activations_are_within_a_tenth_of_what_torch_allocates(tmp_path, mode, 
         loss.backward()
     config, asked = Step35Config.from_dict(small_config()), launch(**options)
     kept = stage_bytes(config, asked, stages(asked)[0])
-    off = {
-        "forward": kept.forward / after_forward - 1,
-        "peak": kept.peak / allocated.peak - 1,
-    }
+    off = {"forward": kept.forward / after_forward - 1}
+    if not ON_TRANSFORMER_ENGINE:
+        off["peak"] = kept.peak / allocated.peak - 1
     for name, value in off.items():
         record_property(name, f"{value:+.1%}")
     assert all(abs(value) < 0.1 for value in off.values()), off

@@ -76,3 +76,47 @@ def test_the_published_models_ranks_are_those_that_are_built(tmp_path_factory):
     estimate = found["estimate"]
     assert estimate["total_parameters"] == total - embedding_copy
     assert estimate["total_parameters"] + estimate["router_biases"] == 199_384_301_376
+
+
+@pytest.mark.transformer_engine(only=True)
+@pytest.mark.parametrize(
+    ("types", "bytes_of_weight"),
+    [
+        ({}, 10),  # of a weight in fp32, what its bf16 lacks
+        ({"store_param_remainders": False}, 12),
+        ({"main_params_dtype": "fp16", "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}, 6),
+        ({"exp_avg_sq_dtype": "fp16"}, 8),
+    ],
+)
+def test_the_precision_aware_optimizers_state(types, bytes_of_weight):
+    """Of Transformer Engine's FusedAdam, made as Megatron-Core makes it."""
+    import torch
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    from step35_patch.costs.launch import Launch
+    from step35_patch.costs.optimizer_state import model_bytes
+    from step35_patch.costs.weights import Kind, Weight
+
+    named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    dtypes = named | {"fp8": torch.uint8}
+    asked = Launch(
+        num_layers=1,
+        padded_vocab_size=1,
+        use_distributed_optimizer=True,
+        use_precision_aware_optimizer=True,
+        **types,
+    )
+    weight = torch.nn.Parameter(torch.zeros(16, 64, dtype=torch.bfloat16))
+    optimizer = FusedAdam(
+        [weight],
+        exp_avg_dtype=dtypes[asked.exp_avg_dtype],
+        exp_avg_sq_dtype=dtypes[asked.exp_avg_sq_dtype],
+        master_weights=True,
+        use_decoupled_grad=True,
+        master_weight_dtype=dtypes[asked.main_params_dtype],
+        store_param_remainders=asked.store_param_remainders,
+    )
+    optimizer.initialize_state(weight, asked.store_param_remainders)
+    found = sum(state.nbytes for state in optimizer.state[weight].values())
+    estimated = model_bytes([Weight(Kind.MATRIX, weight.numel())], asked).optimizer
+    assert estimated == found == bytes_of_weight * weight.numel()
