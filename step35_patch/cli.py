@@ -44,6 +44,11 @@ _COMMANDS = {
         "is wrong with it. Exit status: 0 nothing, 1 something, 2 the input could not be read.",
         takes_words=True,
     ),
+    "estimate": _Command(
+        help="memory, operations and messages of a parallel layout; search for layouts that fit",
+        description="Count what a run costs under a parallel layout: memory of each rank, "
+        "operations of a token, bytes sent in a step. Needs no GPU and no torch.",
+    ),
     "rehearse": _Command(
         help="start a launch script on this CPU with the model shrunk",
         description="Start a launch command on this CPU, with fewer and smaller layers and fewer "

@@ -10,10 +10,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any
 
-from step35_patch.config.model import Window
+from step35_patch.config.layer_plan import LayerPlan
+from step35_patch.config.model import Step35Config, Window
+from step35_patch.config.problem import Problem
+from step35_patch.costs.launch_errors import LaunchError
+from step35_patch.costs.pipeline_letters import layers_of_stages, virtual_size_of
 from step35_patch.settings import GateLayout
+
+__all__ = [
+    "DTYPE_BYTES",
+    "Launch",
+    "LaunchError",
+    "Problem",
+    "Stage",
+    "from_arguments",
+    "layer_plans",
+    "stages",
+    "virtual_size_of",
+]
 
 # Of all of Megatron's names for an element's type that costs meet, by its bytes.
 DTYPE_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
@@ -23,37 +40,6 @@ _DTYPES_OF_TORCH = {
     "torch.bfloat16": "bf16",
     "torch.uint8": "fp8",
 }
-
-
-class LaunchProblem(NamedTuple):
-    """One argument that a model cannot be laid out with.
-
-    Attributes:
-        argument: Megatron's option.
-        expected: What would have been right.
-        found: What is there.
-        fix: What to do.
-    """
-
-    argument: str
-    expected: str
-    found: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.argument}: expected {self.expected}, found {self.found}; {self.fix}"
-
-
-class LaunchError(ValueError):
-    """Arguments that no model can be laid out with.
-
-    Attributes:
-        problems: All of them; never empty.
-    """
-
-    def __init__(self, problems: list[LaunchProblem]):
-        self.problems = tuple(problems)
-        super().__init__("\n".join(map(str, problems)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +65,8 @@ class Launch:
         use_distributed_optimizer: As on the command line, so that with "muon" it is the layer-wise
             distributed optimizer.
         accumulate_allreduce_grads_in_fp32: Whether the buffer of gradients is fp32.
+        store_param_remainders: Of OptimizerConfig: with the precision-aware optimizer, whether of
+            fp32 weights only the half is stored that the bf16 ones lack.
         recompute_modules: With the granularity "selective"; empty otherwise.
         recompute_num_layers: With the granularity "full".
     """
@@ -109,6 +97,9 @@ class Launch:
     global_batch_size: int = 1
 
     transformer_impl: str = "transformer_engine"
+    bias_swiglu_fusion: bool = True
+    cross_entropy_loss_fusion: bool = False
+    cross_entropy_fusion_impl: str = "native"
     precision: str = "bf16"
     optimizer: str = "adam"
     use_distributed_optimizer: bool = False
@@ -118,6 +109,7 @@ class Launch:
     main_params_dtype: str = "fp32"
     exp_avg_dtype: str = "fp32"
     exp_avg_sq_dtype: str = "fp32"
+    store_param_remainders: bool = True
 
     recompute_granularity: str | None = None
     recompute_method: str | None = None
@@ -141,6 +133,16 @@ class Launch:
             * self.expert_model_parallel_size
             * self.pipeline_model_parallel_size
         )
+
+    @property
+    def dense_data_parallel_size(self) -> int:
+        """Ranks that hold the same of all other weights: context parallelism's too."""
+        return self.data_parallel_size * self.context_parallel_size
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether data-parallel ranks share out the optimizer's state."""
+        return self.use_distributed_optimizer or self.optimizer == "dist_muon"
 
     @property
     def num_microbatches(self) -> int:
@@ -180,6 +182,12 @@ class Stage:
         return self.decoder_layers + self.mtp_layers
 
 
+@lru_cache(maxsize=8)  # they are asked for layer by layer
+def layer_plans(config: Step35Config, window: Window) -> tuple[LayerPlan, ...]:
+    """The plan of each layer: `Step35Config.resolve`."""
+    return config.resolve(window)
+
+
 def stages(launch: Launch) -> list[Stage]:
     """All stages in the order in which a token goes through them, as Megatron-Core divides them.
 
@@ -187,7 +195,12 @@ def stages(launch: Launch) -> list[Stage]:
         LaunchError: The layers cannot be divided so.
     """
     if launch.pipeline_model_parallel_layout is not None:
-        parts = list(_custom_parts(launch, launch.pipeline_model_parallel_layout))
+        parts = layers_of_stages(
+            launch.pipeline_model_parallel_layout,
+            launch.pipeline_model_parallel_size,
+            launch.num_layers,
+            launch.mtp_num_layers,
+        )
     else:
         parts = list(_even_parts(launch))
     size, first, found = launch.pipeline_model_parallel_size, 0, []
@@ -221,7 +234,7 @@ def _even_parts(launch: Launch) -> Iterator[tuple[int, int]]:
     if uneven and (embedding or loss):
         raise LaunchError(
             [
-                LaunchProblem(
+                Problem(
                     "--account-for-embedding-in-pipeline-split, --account-for-loss-in-...",
                     "none with --decoder-first-pipeline-num-layers or --decoder-last-...",
                     "both",
@@ -237,7 +250,7 @@ def _even_parts(launch: Launch) -> Iterator[tuple[int, int]]:
     if any(count % chunks for count in counts):
         raise LaunchError(
             [
-                LaunchProblem(
+                Problem(
                     "--num-virtual-stages-per-pipeline-rank",
                     f"a divisor of the layers on each pipeline rank ({_words(counts)})",
                     f"{chunks}",
@@ -253,7 +266,7 @@ def _even_parts(launch: Launch) -> Iterator[tuple[int, int]]:
             if decoder < 0:
                 raise LaunchError(
                     [
-                        LaunchProblem(
+                        Problem(
                             "--account-for-embedding-in-pipeline-split"
                             if is_first
                             else "--account-for-loss-in-pipeline-split",
@@ -266,10 +279,10 @@ def _even_parts(launch: Launch) -> Iterator[tuple[int, int]]:
             yield decoder, launch.mtp_num_layers if is_last else 0
 
 
-def _undivided(launch: Launch, left: int, others: int, *, uneven: bool) -> LaunchProblem:
+def _undivided(launch: Launch, left: int, others: int, *, uneven: bool) -> Problem:
     size = launch.pipeline_model_parallel_size
     if uneven:
-        return LaunchProblem(
+        return Problem(
             "--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers",
             f"counts that leave a multiple of {others} of the {launch.num_layers} layers to the "
             f"other {others} stages"
@@ -278,40 +291,12 @@ def _undivided(launch: Launch, left: int, others: int, *, uneven: bool) -> Launc
             f"{left} left over",
             "change them, or use --pipeline-model-parallel-layout",
         )
-    return LaunchProblem(
+    return Problem(
         "--pipeline-model-parallel-size",
         f"a divisor of {left} layers",
         f"{size}",
         "choose one, or say which layers are where with --pipeline-model-parallel-layout",
     )
-
-
-def _custom_parts(launch: Launch, letters: str) -> Iterator[tuple[int, int]]:
-    """The same of --pipeline-model-parallel-layout.
-
-    Its own counting functions ask the process groups whether there are virtual stages.
-    """
-    from megatron.core.transformer.enums import LayerType
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-    try:
-        layout = PipelineParallelLayerLayout(letters, launch.pipeline_model_parallel_size)
-        layout.validate_layer_layout(launch.num_layers, launch.mtp_num_layers)
-    except (AssertionError, NotImplementedError) as error:
-        raise LaunchError(
-            [
-                LaunchProblem(
-                    "--pipeline-model-parallel-layout",
-                    f"a layout of {launch.num_layers} decoder (t) and {launch.mtp_num_layers} MTP "
-                    f"layers (m) for {launch.pipeline_model_parallel_size} pipeline ranks",
-                    repr(letters),
-                    f"Megatron-Core says: {error}",
-                )
-            ]
-        ) from None
-    for chunk in range(layout.virtual_pipeline_model_parallel_size):
-        for row in layout.layout:
-            yield row[chunk].count(LayerType.decoder), row[chunk].count(LayerType.mtp)
 
 
 def _words(counts: list[int]) -> str:
@@ -326,7 +311,8 @@ def from_arguments(args: Any) -> Launch:
             `parse_args`); validated or not.
 
     Raises:
-        LaunchError: Virtual stages are asked for in a way that does not divide the layers.
+        LaunchError: Virtual stages are asked for in a way that does not divide the layers, or the
+            pipeline layout cannot be read.
     """
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     main_grads = _dtype(args.main_grads_dtype)
@@ -360,6 +346,9 @@ def from_arguments(args: Any) -> Launch:
         micro_batch_size=args.micro_batch_size,
         global_batch_size=args.global_batch_size or args.micro_batch_size * _data_parallel(args),
         transformer_impl=args.transformer_impl,
+        bias_swiglu_fusion=args.bias_swiglu_fusion,
+        cross_entropy_loss_fusion=args.cross_entropy_loss_fusion,
+        cross_entropy_fusion_impl=args.cross_entropy_fusion_impl,
         precision=precision,
         optimizer=args.optimizer,
         use_distributed_optimizer=args.use_distributed_optimizer or layer_wise,
@@ -369,6 +358,7 @@ def from_arguments(args: Any) -> Launch:
         main_params_dtype=_dtype(args.main_params_dtype),
         exp_avg_dtype=_dtype(args.exp_avg_dtype),
         exp_avg_sq_dtype=_dtype(args.exp_avg_sq_dtype),
+        store_param_remainders=getattr(args, "store_param_remainders", True),
         recompute_granularity=granularity,
         recompute_method=args.recompute_method,
         recompute_num_layers=args.recompute_num_layers,
@@ -405,18 +395,8 @@ def _virtual_size(args: Any) -> int | None:
     """`virtual_pipeline_model_parallel_size`, which only validation sets."""
     size, pipeline = None, args.pipeline_model_parallel_size
     if args.pipeline_model_parallel_layout is not None:
-        from megatron.core.transformer.pipeline_parallel_layer_layout import (
-            PipelineParallelLayerLayout,
-        )
-
-        try:
-            count = PipelineParallelLayerLayout.get_num_stages_from_str(
-                args.pipeline_model_parallel_layout
-            )
-        except AssertionError:
-            return None  # said by `stages`
-        size = count // pipeline
-    elif args.num_virtual_stages_per_pipeline_rank is not None:
+        return virtual_size_of(args.pipeline_model_parallel_layout, pipeline)
+    if args.num_virtual_stages_per_pipeline_rank is not None:
         size = args.num_virtual_stages_per_pipeline_rank
     elif args.num_layers_per_virtual_pipeline_stage is not None:
         layers = (
@@ -428,7 +408,7 @@ def _virtual_size(args: Any) -> int | None:
         if layers % (pipeline * per_stage):
             raise LaunchError(
                 [
-                    LaunchProblem(
+                    Problem(
                         "--num-layers-per-virtual-pipeline-stage",
                         f"a divisor of {layers} layers / {pipeline} pipeline ranks",
                         f"{per_stage}",

@@ -8,6 +8,9 @@ top is what a run finds out later, or one by one.
 from __future__ import annotations
 
 import ast
+import contextlib
+import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,12 +20,14 @@ from typing import Any
 from step35_patch import settings as process
 from step35_patch.config.model import Step35Config
 from step35_patch.config.problem import Problem
+from step35_patch.costs.estimate import Estimate, estimate
 from step35_patch.costs.launch import Launch, LaunchError, Stage, from_arguments, stages
+from step35_patch.costs.layout_problems import launch_problems
 from step35_patch.launch.command import TrainingCommand
 from step35_patch.launch.parsing import read_arguments
 from step35_patch.launch.recipe import recipe_notes
 from step35_patch.launch.shell import Call
-from step35_patch.launch.sizes import size_problems
+from step35_patch.launch.sizes import number_problems, sample_problems
 from step35_patch.launch.upstream import upstream_problems
 from step35_patch.launch.values import shown, unknowns
 from step35_patch.patch.activation import activate
@@ -38,7 +43,8 @@ class Report:
         problems: what cannot stay as it is; the launch is right if there is none.
         notes: what is legal, and was perhaps not meant.
         command: the launch.
-        launch: how it is laid out, if that could be said.
+        launch: how it is laid out; None if it cannot be.
+        estimate: what it costs, likewise.
         stages: which layers are where, in the order of the pipeline; empty if it could not be said.
     """
 
@@ -46,6 +52,7 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     launch: Launch | None = None
+    estimate: Estimate | None = None
     stages: list[Stage] = field(default_factory=list)
 
 
@@ -90,9 +97,9 @@ def check(
     report.problems += problems
     report.problems += complete(args, given, settings, parsed.parser)
     report.notes += [f"in this environment: {problem}" for problem in installed_problems(args)]
-    report.problems += size_problems(args, config, command, gpus)
+    report.problems += [*number_problems(command, gpus), *sample_problems(args, config)]
     report.notes += recipe_notes(args, given, config)
-    _lay_out(args, report)
+    _lay_out(args, config, report)
     flagged = {name for p in report.problems for name in p.argument.split(", ")}
     if args.world_size:
         activate(
@@ -182,18 +189,29 @@ def _imports_package(program: str) -> bool:
     return any(name.partition(".")[0] == "step35_patch" for name in names)
 
 
-def _lay_out(args: Any, report: Report) -> None:
-    """Which layers are where; what stands in the way is a problem."""
-    sizes = (
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.context_parallel_size,
-        args.expert_model_parallel_size,
-    )
-    if min(sizes) < 1 or args.seq_length is None or not args.micro_batch_size:
+def _lay_out(args: Any, config: Step35Config, report: Report) -> None:
+    """Which layers are where, and what it costs; what stands in the way is a problem."""
+    if args.seq_length is None or args.micro_batch_size is None:
         return
     try:
-        report.launch = from_arguments(args)
-        report.stages = stages(report.launch)
+        launch = from_arguments(args)
     except LaunchError as error:
-        report.problems += [Problem(*problem) for problem in error.problems]
+        report.problems += error.problems
+        return
+    known = {problem.argument for problem in report.problems}
+    if not args.world_size:  # said already; a number that all sizes go into
+        launch = dataclasses.replace(launch, world_size=_fewest_processes(launch))
+    report.problems += [
+        problem for problem in launch_problems(config, launch) if problem.argument not in known
+    ]
+    with contextlib.suppress(LaunchError):  # whose problems are among those
+        report.stages = stages(launch)
+    if not report.problems:
+        report.launch = launch
+        report.estimate = estimate(config, launch)
+
+
+def _fewest_processes(launch: Launch) -> int:
+    experts = launch.expert_model_parallel_size * launch.expert_tensor_parallel_size
+    dense = launch.tensor_model_parallel_size * launch.context_parallel_size
+    return math.lcm(dense, experts) * launch.pipeline_model_parallel_size

@@ -134,7 +134,8 @@ MISTAKES = {
     "expert ranks": (
         "--expert-tensor-parallel-size 1",
         "--expert-tensor-parallel-size 2",
-        "--expert-model-parallel-size, --expert-tensor-parallel-size",
+        "--expert-model-parallel-size, --expert-tensor-parallel-size, "
+        "--pipeline-model-parallel-size",
         "8 x 2 x 8 = 128",
     ),
     "ring with a window": (
@@ -154,7 +155,7 @@ MISTAKES = {
         "Ett|(tt|)*21t|mmmL",
         "Ett|(tt|)*21|mmmL",
         "--pipeline-model-parallel-layout",
-        "45 decoder (t)",
+        "45 decoder layers (t), not 44",
     ),
     "letters of the layout": (
         "Ett|(tt|)*21t|mmmL",
@@ -178,7 +179,7 @@ MISTAKES = {
         "--seq-length 131072",
         "--seq-length 131080",
         "--seq-length",
-        "a multiple of 2 x --context-parallel-size = 16, found 131080",
+        "a multiple of 2 x --context-parallel-size = 16, found 131080; use 131072",
     ),
     "positions": (
         "--seq-length 131072",
@@ -202,7 +203,7 @@ MISTAKES = {
         "--global-batch-size 32",
         "--global-batch-size 4",
         "--global-batch-size",
-        "a multiple of 8 micro-batches",
+        "micro-batches in groups of 8",
     ),
     "packed batch": (
         "--micro-batch-size 1",
