@@ -53,7 +53,9 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(as_json(report), indent=1))
     else:
-        print(as_text(report))
+        from step35_patch.commands.check_text import print_report
+
+        print_report(report, config)
     return 1 if report.problems else 0
 
 
@@ -63,7 +65,13 @@ def _report(config: Step35Config, options: argparse.Namespace) -> Report:
     from step35_patch.launch.check import check
 
     with without_upstream_notices():
-        report = check(config, launch.command, gpus=options.gpus, loose=launch.loose)
+        report = check(
+            config,
+            launch.command,
+            gpus=options.gpus,
+            gpu_memory=options.gpu_memory,
+            loose=launch.loose,
+        )
     report.notes[:0] = launch.notes
     return report
 
@@ -82,10 +90,3 @@ def as_json(report: Report) -> dict[str, Any]:
             for stage in report.stages
         ],
     }
-
-
-def as_text(report: Report) -> str:
-    """Lines for a person."""
-    lines = [f"{problem}" for problem in report.problems]
-    lines += [f"note: {note}" for note in report.notes]
-    return "\n".join(lines)

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from step35_patch import settings as process
+from step35_patch.arguments import megatron_options
 from step35_patch.config.model import Step35Config
 from step35_patch.config.problem import Problem
 from step35_patch.costs.estimate import Estimate, estimate
 from step35_patch.costs.launch import Launch, LaunchError, Stage, from_arguments, stages
 from step35_patch.costs.layout_problems import launch_problems
 from step35_patch.launch.command import TrainingCommand
-from step35_patch.launch.parsing import read_arguments
+from step35_patch.launch.parsing import read_arguments, without_options
 from step35_patch.launch.recipe import recipe_notes
 from step35_patch.launch.shell import Call
 from step35_patch.launch.sizes import number_problems, sample_problems
@@ -33,6 +34,8 @@ from step35_patch.launch.values import shown, unknowns
 from step35_patch.patch.activation import activate
 from step35_patch.patch.arguments import given_on, installed_problems
 from step35_patch.patch.parse_args import YAML, complete
+
+_GIB = 2**30
 
 
 @dataclass
@@ -61,6 +64,7 @@ def check(
     command: TrainingCommand,
     *,
     gpus: int | None = None,
+    gpu_memory: float | None = None,
     loose: Sequence[Call] = (),
 ) -> Report:
     """Hold a launch against a config.
@@ -71,6 +75,7 @@ def check(
         config: the model.
         command: the launch.
         gpus: how many there are; None if the command says so.
+        gpu_memory: GiB of each; None if it does not matter.
         loose: what stands in the script as a command of its own, and begins with an option.
     """
     report = Report(command)
@@ -95,12 +100,21 @@ def check(
         return report
     settings, problems = _settings(config, command, args)
     report.problems += problems
-    report.problems += complete(args, given, settings, parsed.parser)
+    problems = complete(args, given, settings, parsed.parser)
+    report.problems += problems
+    contradicting = {problem.argument for problem in problems} & megatron_options(config).keys()
+    if contradicting:  # the rest is held against what the config has in their place
+        parsed = without_options(parsed, contradicting)
+        args, given = parsed.args, given_on(parsed.parser, parsed.words)
+        args.rank, args.world_size = 0, gpus or command.world_size or 0
+        complete(args, given, settings, parsed.parser)
     report.notes += [f"in this environment: {problem}" for problem in installed_problems(args)]
     report.problems += [*number_problems(command, gpus), *sample_problems(args, config)]
     report.notes += recipe_notes(args, given, config)
     _lay_out(args, config, report)
     flagged = {name for p in report.problems for name in p.argument.split(", ")}
+    if gpu_memory is not None and (problem := _memory_problem(report, gpu_memory)) is not None:
+        report.problems.append(problem)
     if args.world_size:
         activate(
             config,
@@ -215,3 +229,25 @@ def _fewest_processes(launch: Launch) -> int:
     experts = launch.expert_model_parallel_size * launch.expert_tensor_parallel_size
     dense = launch.tensor_model_parallel_size * launch.context_parallel_size
     return math.lcm(dense, experts) * launch.pipeline_model_parallel_size
+
+
+def _memory_problem(report: Report, gpu_memory: float) -> Problem | None:
+    """That the fullest rank needs more than a GPU has, if it does."""
+    if report.estimate is None or report.estimate.memory <= gpu_memory * _GIB:
+        return None
+    fullest = max(report.estimate.ranks, key=lambda rank: rank.memory)
+    parts = {name: getattr(fullest, name) for name in ("weights", "gradients", "optimizer")}
+    parts["activations"] = fullest.activations
+    largest = max(parts, key=lambda name: parts[name])
+    return Problem(
+        "--gpu-memory",
+        f"at most {gpu_memory:g} GiB on each GPU, without what fragmentation, NCCL and workspaces "
+        "take",
+        f"{fullest.memory / _GIB:.1f} GiB on pipeline rank {fullest.pp}, "
+        f"{parts[largest] / _GIB:.1f} of them {largest}",
+        {
+            "activations": "recompute more (--recompute-granularity full --recompute-method "
+            "uniform --recompute-num-layers 1), or cut sequences by --context-parallel-size",
+            "optimizer": "add --use-distributed-optimizer, or use more ranks",
+        }.get(largest, "use more --expert-model-parallel-size or --pipeline-model-parallel-size"),
+    )

@@ -7,8 +7,9 @@ out, and the rest is read.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -80,6 +81,17 @@ def read_arguments(words: Sequence[str]) -> Parsed:
     parsed.args = parser.parse_args(parsed.words)
     parsed.notes += _given_twice(groups, known)
     return parsed
+
+
+def without_options(parsed: Parsed, options: Collection[str]) -> Parsed:
+    """The same without some options, and with Megatron's defaults in their place."""
+    words = [
+        word
+        for name, values in argument_groups(parsed.words)
+        if name.partition("=")[0] not in options
+        for word in (name, *values)
+    ]
+    return dataclasses.replace(parsed, args=parsed.parser.parse_args(words), words=words)
 
 
 def argument_groups(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
