@@ -57,10 +57,9 @@ def recipe_notes(args: Any, given: Mapping[str, Any], config: Step35Config) -> I
             continue
         if (found := getattr(args, name)) != row.authors:
             option = f"--{name.replace('_', '-')}"
-            yield (
-                f"{option} is not given, and {found!r} by Megatron's default; the authors train "
-                f"with {row.authors!r}"
-            )
+            default = "" if row.authors is True else f", and {found} by Megatron's default"
+            authors = "it" if row.authors is True else row.authors
+            yield f"{option} is not given{default}; the authors train with {authors}"
     if is_muon and "muon_tp_mode" not in given and args.tensor_model_parallel_size > 1:
         yield (
             "--muon-tp-mode is not given, and blockwise by Megatron's default: each rank's block "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from support.installed import PUBLISHED
 
 import step35_patch
 from step35_patch import Step35Config
+from step35_patch.commands.check_text import print_report
 from step35_patch.launch.check import Report, check
 from step35_patch.launch.command import chosen, from_words, loose_words
 from step35_patch.launch.errors import UnreadableLaunch
@@ -289,6 +291,9 @@ MISTAKES = {
 }
 
 
+MANY = ("misspelt", "no number", "no sequence parallel", "experts", "short list", "positions")
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_named(config, tmp_path, name):
     old, new, argument, words = MISTAKES[name]
@@ -305,12 +310,11 @@ def test_a_mistake_is_named(config, tmp_path, name):
 @pytest.mark.megatron
 def test_all_mistakes_come_at_once(config, tmp_path):
     source = (SCRIPTS / "arrays.sh").read_text()
-    some = ("misspelt", "no number", "no sequence parallel", "experts", "short list", "positions")
-    for name in some:
+    for name in MANY:
         source = source.replace(*MISTAKES[name][:2])
     (tmp_path / "many.sh").write_text(source)
     found = {problem.argument for problem in checked(config, tmp_path / "many.sh").problems}
-    assert {MISTAKES[name][2] for name in some} <= found
+    assert {MISTAKES[name][2] for name in MANY} <= found
 
 
 def test_number_of_gpus(config):
@@ -403,3 +407,46 @@ def test_exit_statuses_and_output_of_the_command(tmp_path):
         assert unread.returncode == 2, words
         assert unread.stdout == ""
         assert 1 <= len(unread.stderr.splitlines()) <= 2, unread.stderr
+
+
+# Script, its own arguments, GiB of a GPU; what is printed of it is in golden/.
+GOLDEN = {
+    "right": ("arrays.sh", [], 110.0, ()),
+    "many mistakes": ("arrays.sh", [], None, MANY),
+    "another container": ("entrypoint.sh", ["--nodes", "2"], 80.0, ()),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_what_is_printed(config, tmp_path, capsys, name):
+    """Whole outputs, for a reader; `UPDATE_GOLDEN=1` writes them anew."""
+    script, arguments, memory, mistakes = GOLDEN[name]
+    source = (SCRIPTS / script).read_text()
+    for mistake in mistakes:
+        source = source.replace(*MISTAKES[mistake][:2])
+    (tmp_path / script).write_text(source)
+    calls, notes = read_script(tmp_path / script, arguments)
+    report = check(config, chosen(calls, script, None), gpu_memory=memory, loose=loose_words(calls))
+    report.notes[:0] = notes
+    print_report(report, config)
+    printed = capsys.readouterr().out
+    golden = Path(__file__).parent / "golden" / f"{name.replace(' ', '_')}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(printed)
+    assert printed == golden.read_text()
+
+
+def test_memory_of_the_fullest_rank(config):
+    calls, _ = read_script(SCRIPTS / "arrays.sh")
+    command = chosen(calls, "arrays.sh", None)
+    report = check(config, command, gpu_memory=80)
+    [problem] = report.problems
+    needed = report.estimate.memory / 2**30
+    assert f"{needed:.1f} GiB on pipeline rank 7" in str(problem)
+    assert check(config, command, gpu_memory=needed + 0.1).problems == []
+
+
+def test_a_contradicted_shape_brings_no_other_problem(config):
+    words = (SCRIPTS / "arrays.sh", "--num-layers", "3", "--num-attention-heads", "7")
+    found = {problem.argument for problem in checked(config, *words).problems}
+    assert found == {"--num-layers", "--num-attention-heads"}
