@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from step35_patch.launch.errors import UnreadableLaunch
 from step35_patch.launch.shell import Call
@@ -165,6 +166,7 @@ def _under_torchrun(
 
     parser = get_args_parser()
     parser.exit_on_error = False
+    parser.error = _refuse  # type: ignore[method-assign]  # which would print, and end the process
     for action in parser._actions:
         if action.type is int:
             action.type = _number
@@ -210,6 +212,10 @@ def _of_wrapper(
     if not words and nodes is None and each is None:
         return 1, 1
     return nodes, each
+
+
+def _refuse(message: str) -> NoReturn:
+    raise argparse.ArgumentError(None, message)
 
 
 def _number(word: str) -> int | str:
