@@ -29,6 +29,11 @@ _COMMANDS = {
         help="show a config layer by layer, with exact parameter and byte counts",
         description="Show what each layer of a config computes, and exact totals. Needs no torch.",
     ),
+    "doctor": _Command(
+        help="say what a launch in this environment would meet, and what would be refused",
+        description="Show versions, what is wrapped, and everything that would stop a launch here. "
+        "Imports Megatron-Core in a process of its own, which takes a while.",
+    ),
     "args": _Command(
         help="print Megatron's arguments for a config, ready for a launch script",
         description="Print the arguments of pretrain_gpt.py that describe a config's model.",
