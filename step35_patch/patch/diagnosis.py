@@ -431,7 +431,8 @@ def _failures(found: Diagnosis, findings: Findings) -> None:
         told.add(failure["reason"])
         reason = _last_line(failure["reason"])
         if state == "missing":
-            if target["required"]:
+            # Of a version that is refused, the states say enough.
+            if target["required"] and not _is_refused(findings["megatron"]):
                 version = f"Megatron-Core {findings['megatron']}"
                 fix = f"pip install 'megatron-core{TESTED}', or look for a newer step35-patch"
                 problem = ConfigProblem(module, "to be there", f"no such module in {version}", fix)

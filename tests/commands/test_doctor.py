@@ -1,0 +1,194 @@
+"""`step35-patch doctor` as a user starts it, installed, where all is well and where it is not.
+
+Each run starts interpreters of its own, so that one run shows many things at once.
+"""
+
+import json
+import os
+import pwd
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.config_samples import tiny
+from support.installed import (
+    PUBLISHED,
+    ROOT,
+    Installed,
+    environment,
+    new_environment,
+    wheel_environment,
+)
+
+USER, HOST = "marguerite", socket.gethostname()
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory) -> Installed:
+    return wheel_environment(tmp_path_factory)
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    """A home folder with a config."""
+    home = tmp_path / "homes" / USER
+    home.mkdir(parents=True)
+    (home / "config.json").write_bytes(PUBLISHED.read_bytes())
+    return home
+
+
+def doctor(installed: Installed, home: Path, *options: str, **variables: object):
+    """The installed command, in a home that is told by every usual variable."""
+    return subprocess.run(
+        [str(installed.folder / "bin" / "step35-patch"), "doctor", *options],
+        capture_output=True,
+        text=True,
+        cwd=home,
+        env=environment(HOME=home, USER=USER, LOGNAME=USER, HOSTNAME=HOST, **variables),
+        timeout=900,
+    )
+
+
+def megatron_core(folder: Path, version: str) -> Path:
+    """A Megatron-Core of this version with one module that has targets, and none of them."""
+    package = folder / "megatron" / "core"
+    module = package / "models" / "gpt" / "gpt_layer_specs.py"
+    module.parent.mkdir(parents=True)
+    for path in (package, package / "models", module.parent):
+        (path / "__init__.py").touch()
+    module.touch()
+    major, minor, patch = version.split(".")
+    (package / "package_info.py").write_text(
+        f"MAJOR = {major}\nMINOR = {minor}\nPATCH = {patch}\nPRE_RELEASE = ''\n"
+        f"__version__ = {version!r}\n"
+    )
+    return folder
+
+
+def holds_no_private_word(text: str, home: Path) -> None:
+    account = pwd.getpwuid(os.getuid())
+    for word in (str(home), USER, account.pw_dir + "/"):
+        assert word not in text
+    assert not re.search(rf"(?<![\w-]){re.escape(HOST)}(?![\w-])", text)
+
+
+@pytest.mark.slow
+def test_a_whole_environment(installed, home):
+    variables = {"STEP35_PATCH": "1", "STEP35_CONFIG": home / "config.json"}
+    done = doctor(installed, home, "--json", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["ok"] is True and found["problems"] == []
+    states = {(t["module"], t["attribute"]): t["state"] for t in found["targets"]}
+    assert states["megatron.core.models.gpt.gpt_model", "GPTModel.__init__"] == "wrapped"
+    assert states["megatron.training.arguments", "parse_args"] == "wrapped"
+    assert {t["state"] for t in found["targets"] if t["required"]} == {"wrapped"}
+    assert found["versions"]["megatron-core"].startswith("0.19.")
+    assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["versions"]["torch"] and found["versions"]["wrapt"]
+    assert found["startup"].endswith("a1_step35_patch.pth; runs with STEP35_PATCH=1")
+    assert found["variables"] == {"STEP35_CONFIG": "~/config.json", "STEP35_PATCH": "1"}
+    assert found["config"].startswith("45 layers and 3 MTP layers, bfloat16")
+    holds_no_private_word(done.stdout, home)
+
+
+def test_all_that_is_wrong_comes_at_once(installed, home):
+    path = megatron_core(home / "Megatron-LM", "0.99.0")
+    (path / "pretrain_gpt.py").touch()
+    done = doctor(
+        installed,
+        home,
+        "--report",
+        PYTHONPATH=path,
+        STEP35_PATCH="1",  # with which no other program starts here
+        STEP35_CONFIG=home / f"{HOST}-models" / "nowhere",
+        STEP35_WINDOW="513",
+        STEP35_GATE_LAYOUTS="headwise",
+        STEP35_ACCEPT_CHANGED="hidden_size",
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("```text\n") and done.stdout.endswith("\n```\n")
+    problems = [line for line in done.stdout.splitlines() if line.startswith("!! ")]
+    for part in (
+        "Megatron-Core: expected a version >=0.17,<0.20, found 0.99.0",
+        "STEP35_WINDOW: expected 'hf' or 'steptron', found '513'",
+        "STEP35_GATE_LAYOUTS: expected STEP35_GATE_LAYOUT",
+        "STEP35_ACCEPT_CHANGED: expected some of",
+        "STEP35_CONFIG: expected the path of a config.json or of a folder with one, found '~/",
+    ):
+        assert any(part in line for line in problems), (part, done.stdout)
+    refused = [line for line in done.stdout.splitlines() if line.startswith("!! refused")]
+    assert len(refused) == 1 and "core.models.gpt.gpt_layer_specs" in refused[0]
+    assert "0.99.0, checkout in ~/Megatron-LM: megatron.core from here" in done.stdout
+    # The tested one behind it has megatron.training, which the first has not.
+    assert "expected megatron.core and megatron.training of one version" in done.stdout
+    holds_no_private_word(done.stdout, home)
+
+
+def test_an_untested_version_that_is_allowed_is_told_of_what_it_lacks(installed, home):
+    """And a config that is not legal, with every problem of it."""
+    path = megatron_core(home / "lib", "0.99.0")
+    (home / "config.json").write_text(json.dumps(tiny(hidden_size=0, head_dim=-3)))
+    done = doctor(
+        installed,
+        home,
+        "--json",
+        PYTHONPATH=path,
+        STEP35_CONFIG=home,
+        STEP35_ALLOW_UNTESTED="1",
+    )
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    problems = {problem["field"]: problem for problem in found["problems"]}
+    assert {"~/config.json: hidden_size", "~/config.json: head_dim"} <= problems.keys()
+    lacking = problems["megatron.core.models.gpt.gpt_layer_specs"]
+    assert "get_gpt_decoder_block_spec" in lacking["expected"]
+    assert "Megatron-Core 0.99.0" in lacking["found"]
+    module = problems["megatron.core.models.gpt.gpt_model"]
+    assert module["found"].startswith("no such module")
+    assert any("0.99.0 is not tested" in notice for notice in found["notices"])
+    assert any("without STEP35_PATCH=1" in notice for notice in found["notices"])
+    assert "Megatron-Core" not in problems
+    holds_no_private_word(done.stdout, home)
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_a_copy_without_its_start_up_file(tmp_path, home, is_on):
+    """On PYTHONPATH, without metadata or a .pth: STEP35_PATCH=1 would train unpatched."""
+    bare = new_environment(tmp_path / "environment")
+    # Nothing of Megatron's, and so a short run.
+    (bare.site_packages / "zz_dependencies.pth").unlink()
+    done = bare.run(
+        *("-m", "step35_patch.cli", "doctor", "--json"),
+        cwd=home,
+        HOME=home,
+        PYTHONPATH=ROOT,
+        **({"STEP35_PATCH": "1"} if is_on else {}),
+    )
+    assert done.returncode == 1, done.stderr
+    found = json.loads(done.stdout)
+    fields = [problem["field"] for problem in found["problems"]]
+    assert ("STEP35_PATCH=1" in fields) == is_on
+    told = any("STEP35_PATCH=1 would do nothing" in notice for notice in found["notices"])
+    assert told != is_on
+    assert found["startup"] == "no a1_step35_patch.pth"
+    assert "torch" in fields and found["versions"]["torch"] is None
+    assert {target["state"] for target in found["targets"]} <= {"not importable", "missing"}
+
+
+@pytest.mark.slow
+def test_two_megatrons(installed, home):
+    """An older wheel before the newest: the first is used, and the other one is named."""
+    older = Path(sys.prefix, "megatron-core-0.17")
+    if not older.exists():
+        pytest.skip("./run setup puts older Megatron-Cores there")
+    done = doctor(installed, home, PYTHONPATH=older)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"Megatron +0\.17\.\d+, package in .*0.17: megatron.core and", done.stdout)
+    assert re.search(r"Megatron +0\.19\.\d+, package in .*: not used", done.stdout)
+    assert "Megatrons of different versions are on the path (0.17." in done.stdout
+    assert re.search(r"ok wrapped +core.utils: .*get_thd_batch_on_this_cp_rank", done.stdout)
+    assert "Nothing is wrong" in done.stdout
