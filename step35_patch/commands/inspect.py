@@ -48,7 +48,7 @@ class Weights:
     """How the safetensors of a folder go with its config.
 
     Attributes:
-        files: Those that tensors were found in, and the index.
+        files: How many there are.
         problems: What does not fit, each in a line.
         notices: What the user should know, each in a line.
     """
@@ -134,11 +134,12 @@ def weights_of(path: Path, config: Step35Config) -> Weights | None:
     from step35_patch.storage.errors import CheckpointError
     from step35_patch.storage.hf_folder import HfFolder
 
+    files = len(list(path.glob("*.safetensors")))
     try:
         folder = HfFolder(path, config)
     except CheckpointError as error:
-        return Weights(len(list(path.glob("*.safetensors"))), error.problems, ())
-    return Weights(len(folder.files()), (), folder.notices)
+        return Weights(files, error.problems, ())
+    return Weights(files, (), folder.notices)
 
 
 def as_json(config: Step35Config, weights: Weights | None = None) -> str:

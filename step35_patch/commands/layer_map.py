@@ -6,7 +6,6 @@ hue alone.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +106,7 @@ def stages_of(config: Step35Config, layout: str, pipeline: int | None) -> list[S
     Raises:
         PlotError: Megatron-Core is missing, or does not take the layout for this model.
     """
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    mtp = config.num_nextn_predict_layers
     try:
         with without_upstream_notices():
             from megatron.core.transformer.enums import LayerType
@@ -119,7 +118,6 @@ def stages_of(config: Step35Config, layout: str, pipeline: int | None) -> list[S
         if pipeline < 1:
             raise PlotError(f"--pp: expected 1 or more, found {pipeline}")
         parsed = PipelineParallelLayerLayout(layout, pipeline)
-        mtp = config.num_nextn_predict_layers
         if LayerType.mtp not in parsed.flatten_layout:
             mtp = 0  # a model may be trained without
         parsed.validate_layer_layout(config.num_hidden_layers, mtp or None)
