@@ -189,10 +189,10 @@ _ROWS: tuple[tuple[str, Callable[[LayerPlan], tuple[str, str]]], ...] = (
 
 
 def short(number: float) -> str:
-    """A number in few letters, exact: 10k, 5M, 512."""
-    for size, letter in ((1_000_000, "M"), (1_000, "k")):
-        if number >= size and number % size == 0:
-            return f"{number / size:g}{letter}"
+    """A number in few letters, of three digits from 10000 on: 512, 4096, 10k, 5M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size and (number >= 1e4 or number % size == 0):
+            return f"{number / size:.3g}{letter}"
     return f"{number:g}"
 
 

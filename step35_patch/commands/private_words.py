@@ -14,20 +14,24 @@ from pathlib import Path
 
 # Host names that tell nothing.
 _NO_NAMES = ("localhost", "localhost.localdomain")
+# Names of so few letters may be any word.
+_SHORT = 3
 
 
 def without_private_words() -> Callable[[str], str]:
     """A function that puts others in the place of home folders, user and host names in a text.
 
-    A home becomes `~`. A user's name becomes `<user>` where it is a part of a path, or stands
-    before an `@`; elsewhere it may be any word. The host's name becomes `<host>` as a whole word.
+    A home becomes `~`, a user's name `<user>` and the host's `<host>`, wherever no letter or digit
+    stands beside it; of up to three letters, such as `a` and `vm`, only as a part of a path.
     """
     rules = [(re.compile(rf"{re.escape(home)}(?![\w.-])"), "~") for home in _homes()]
-    for user in _users():
-        name = re.escape(user)
-        rules.append((re.compile(rf"(?<=[/\\~]){name}(?![\w-])|\b{name}(?=@)"), "<user>"))
-    for host in _hosts():
-        rules.append((re.compile(rf"(?<![\w-]){re.escape(host)}(?![\w-])"), "<host>"))
+    for names, word in ((_users(), "<user>"), (_hosts(), "<host>")):
+        for name in names:
+            beside = "[A-Za-z0-9]"
+            pattern = f"(?<!{beside}){re.escape(name)}(?!{beside})"
+            if len(name) <= _SHORT:
+                pattern = rf"(?<=[/\\]){re.escape(name)}(?!{beside})"
+            rules.append((re.compile(pattern), word))
 
     def replace(text: str) -> str:
         for pattern, word in rules:

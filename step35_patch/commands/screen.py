@@ -60,7 +60,8 @@ def show(sections: Sequence[Section]) -> None:
         for line in section.lines:
             style = _STYLES[line.mark]
             label = [Text(line.label)] if len(table.columns) == 3 else []
-            table.add_row(Text(line.mark, style), *label, Text(line.text, style))
+            in_colour = style if line.mark in (WRONG, NOTICE) else ""
+            table.add_row(Text(line.mark, style), *label, Text(line.text, in_colour))
         console.print(table)
 
 

@@ -54,13 +54,14 @@ NEEDED_BY = {
 }
 _SECONDS = 600  # for an interpreter; importing Megatron-Core from a busy disk takes minutes
 
-# An interpreter that starts as one of a launch does, and then says how.
+# An interpreter that starts as one of a launch does, and then says how, after this.
+_FOUND = "step35_patch.patch.diagnosis found "
 _START = f"""
 import json, sys
 startup = sys.modules.get({STARTUP_MODULE!r})
 patched = "step35_patch" in sys.modules
 import step35_patch
-print(json.dumps([startup and startup.__file__, patched, step35_patch.__file__]))
+print({_FOUND!r} + json.dumps([startup and startup.__file__, patched, step35_patch.__file__]))
 """
 _PROBE = "from step35_patch.patch.probe import main; main()"
 
@@ -128,7 +129,9 @@ def _version(package: str) -> str | None:
 def _variables(found: Diagnosis) -> bool:
     """Look at the STEP35_ variables; returns whether a process would start with them."""
     found.variables = {
-        name: value for name, value in sorted(os.environ.items()) if name.startswith("STEP35_")
+        name: value if name in settings.VARIABLES else "(read by nothing)"
+        for name, value in sorted(os.environ.items())
+        if name.startswith("STEP35_")
     }
     for name in found.variables:
         meant = difflib.get_close_matches(name, settings.VARIABLES, n=1, cutoff=0.85)
@@ -247,7 +250,8 @@ def _startup(found: Diagnosis) -> bool:
     done = _run(clean | {"STEP35_PATCH": "1"}, "-c", _START)
     file = next(_startup_files(), None)
     is_on = os.environ.get("STEP35_PATCH") == "1"
-    if done.returncode:
+    answer = next((line for line in done.stdout.splitlines() if line.startswith(_FOUND)), None)
+    if answer is None:
         found.startup = f"{file or 'no start-up file'}; a new interpreter ends with an error"
         found.problems.append(
             ConfigProblem(
@@ -258,7 +262,7 @@ def _startup(found: Diagnosis) -> bool:
             )
         )
         return False
-    startup, patched, package = json.loads(done.stdout.splitlines()[-1])
+    startup, patched, package = json.loads(answer.removeprefix(_FOUND))
     if package != (here := str(Path(__file__).parents[1] / "__init__.py")):
         found.problems.append(
             ConfigProblem(
