@@ -18,6 +18,7 @@ import pty
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,7 +105,9 @@ def command(screen: Screen) -> list[str]:
 def where(screen: Screen) -> dict[str, object]:
     own = ("STEP35_", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
-    return {"cwd": ROOT, "env": kept | ENVIRONMENT | screen.variables}
+    # What is cached under a home folder would otherwise be left in the repository.
+    caches = dict.fromkeys(("XDG_CACHE_HOME", "MPLCONFIGDIR"), tempfile.gettempdir())
+    return {"cwd": ROOT, "env": kept | ENVIRONMENT | caches | screen.variables}
 
 
 def draw(screen: Screen, width: int, file: Path) -> None:

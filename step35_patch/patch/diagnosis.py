@@ -8,6 +8,7 @@ one to see whether the start-up file is run, one that imports all that is wrappe
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import os
 import platform
@@ -24,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 from step35_patch import settings
 from step35_patch._version import __version__
-from step35_patch.config.comparison import not_acceptable
 from step35_patch.config.errors import ConfigProblem
 from step35_patch.patch.activation import STARTUP_MODULE
 from step35_patch.patch.megatron_version import is_tested
@@ -113,6 +113,12 @@ def diagnose() -> Diagnosis:
         }
     )
     usable = _variables(found)
+    if importlib.util.find_spec("packaging") is None:
+        # Without it no version can be compared with another.
+        fix = "pip install packaging"
+        found.problems.append(ConfigProblem("packaging", "any version", "nothing", fix))
+        _startup(found)
+        return found
     _requirements(found)
     if _startup(found):
         _targets(found, usable)
@@ -141,9 +147,6 @@ def _variables(found: Diagnosis) -> bool:
             )
     wrong = settings.variable_problems()
     found.problems += map(_problem, wrong.values())
-    accepted = os.environ.get("STEP35_ACCEPT_CHANGED", "").split(",")
-    names = [name.strip() for name in accepted if name.strip()]
-    found.problems += map(_problem, not_acceptable(names, "STEP35_ACCEPT_CHANGED"))
     path = os.environ.get("STEP35_CONFIG")
     is_on = os.environ.get("STEP35_PATCH") == "1"
     if not path:
@@ -152,13 +155,12 @@ def _variables(found: Diagnosis) -> bool:
                 "STEP35_PATCH=1 without STEP35_CONFIG: wrapped, but inert, unless a launch gives "
                 "--step35-config"
             )
-        return not wrong
-    if not is_on:
+    elif not is_on:
         found.notices.append(
             "STEP35_CONFIG without STEP35_PATCH=1: only programs are patched that import "
             "step35_patch, or are started by python -m step35_patch"
         )
-    return not wrong and _config(found, path)
+    return _config(found, None if "STEP35_CONFIG" in wrong else path) and not wrong
 
 
 def _problem(line: str) -> ConfigProblem:
@@ -168,12 +170,20 @@ def _problem(line: str) -> ConfigProblem:
     return ConfigProblem(name, expected, actual)
 
 
-def _config(found: Diagnosis, path: str) -> bool:
+def _config(found: Diagnosis, path: str | None) -> bool:
+    """Read the config, if there is one, and the names of fields; returns whether they are fine."""
     try:
+        from step35_patch.config.comparison import not_acceptable
         from step35_patch.config.model import Step35Config, Step35ConfigError
-    except ImportError as error:  # pydantic, which the requirements tell as well
-        found.problems.append(ConfigProblem("step35_patch.config", "to be importable", str(error)))
+    except ImportError as error:  # without pydantic
+        problem = ConfigProblem("reading configs", "to be possible", str(error))
+        found.problems.append(problem)
         return False
+    accepted = os.environ.get("STEP35_ACCEPT_CHANGED", "").split(",")
+    names = [name.strip() for name in accepted if name.strip()]
+    found.problems += map(_problem, not_acceptable(names, "STEP35_ACCEPT_CHANGED"))
+    if not path:
+        return True
     try:
         config = Step35Config.from_pretrained(path)
     except Step35ConfigError as error:
@@ -197,18 +207,12 @@ def _config(found: Diagnosis, path: str) -> bool:
 
 def _requirements(found: Diagnosis) -> None:
     """Hold what is installed against the package's own metadata."""
-    try:
-        from packaging.requirements import Requirement
+    from packaging.requirements import Requirement
 
+    try:
         lines = metadata.requires(DISTRIBUTION) or []
         extras = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
-    except ModuleNotFoundError as error:
-        # PackageNotFoundError is one too.
-        if not isinstance(error, metadata.PackageNotFoundError):
-            found.problems.append(
-                ConfigProblem("packaging", "installed", "nothing", "pip install packaging")
-            )
-            return
+    except metadata.PackageNotFoundError:
         found.notices.append(
             f"{DISTRIBUTION} has no metadata here (a copy, on PYTHONPATH or in an archive): what "
             "it requires was not compared with what is installed"
@@ -263,7 +267,8 @@ def _startup(found: Diagnosis) -> bool:
         )
         return False
     startup, patched, package = json.loads(answer.removeprefix(_FOUND))
-    if package != (here := str(Path(__file__).parents[1] / "__init__.py")):
+    here = str(Path(__file__).parents[1] / "__init__.py")
+    if os.path.realpath(package) != os.path.realpath(here):
         found.problems.append(
             ConfigProblem(
                 "step35_patch",

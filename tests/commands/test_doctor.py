@@ -76,19 +76,37 @@ def holds_no_private_word(text: str, home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_whole_environment(installed, home):
-    variables = {"STEP35_PATCH": "1", "STEP35_CONFIG": home / "config.json"}
-    done = doctor(installed, home, "--json", **variables)
+def test_nothing_is_wrong(installed, home):
+    """With an older Megatron-Core before the newest, as a checkout on PYTHONPATH is."""
+    older = Path(sys.prefix, "megatron-core-0.17")
+    if not older.exists():
+        pytest.skip("./run setup puts older Megatron-Cores there")
+    done = doctor(
+        installed,
+        home,
+        "--json",
+        PYTHONPATH=older,
+        STEP35_PATCH="1",
+        STEP35_CONFIG=home / "config.json",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["ok"] is True and found["problems"] == []
     states = {(t["module"], t["attribute"]): t["state"] for t in found["targets"]}
     assert states["megatron.core.models.gpt.gpt_model", "GPTModel.__init__"] == "wrapped"
     assert states["megatron.training.arguments", "parse_args"] == "wrapped"
+    # 0.17 alone has the first, later ones alone the second.
+    assert states["megatron.core.utils", "get_thd_batch_on_this_cp_rank"] == "wrapped"
+    module = "megatron.core.transformer.moe.moe_logging"
+    assert states[module, "MoEMetricsTracker.report"] == "missing"
     assert {t["state"] for t in found["targets"] if t["required"]} == {"wrapped"}
-    assert found["versions"]["megatron-core"].startswith("0.19.")
+    assert found["versions"]["megatron-core"].startswith("0.17.")
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["versions"]["torch"] and found["versions"]["wrapt"]
+    first, second = found["megatron"]
+    assert re.match(r"0\.17\.\d+, package in .*: megatron.core and megatron.training from", first)
+    assert re.match(r"0\.1[89]\.\d+, package in .*: not used", second)
+    assert any("of different versions are on the path (0.17." in n for n in found["notices"])
     assert found["startup"].endswith("a1_step35_patch.pth; runs with STEP35_PATCH=1")
     assert found["variables"] == {"STEP35_CONFIG": "~/config.json", "STEP35_PATCH": "1"}
     assert found["config"].startswith("45 layers and 3 MTP layers, bfloat16")
@@ -128,21 +146,34 @@ def test_all_that_is_wrong_comes_at_once(installed, home):
     holds_no_private_word(done.stdout, home)
 
 
-def test_an_untested_version_that_is_allowed_is_told_of_what_it_lacks(installed, home):
-    """And a config that is not legal, with every problem of it."""
+@pytest.fixture(scope="module")
+def without_package(tmp_path_factory) -> Installed:
+    return new_environment(tmp_path_factory.mktemp("without_package") / "environment")
+
+
+@pytest.mark.slow
+def test_a_copy_of_the_package_and_an_untested_version_that_is_allowed(without_package, home):
+    """On PYTHONPATH, without metadata or a .pth: STEP35_PATCH=1 would train unpatched.
+
+    Of the Megatron-Core it is told what it lacks, and of the config every problem.
+    """
     path = megatron_core(home / "lib", "0.99.0")
     (home / "config.json").write_text(json.dumps(tiny(hidden_size=0, head_dim=-3)))
-    done = doctor(
-        installed,
-        home,
-        "--json",
-        PYTHONPATH=path,
+    done = without_package.run(
+        *("-m", "step35_patch.cli", "doctor", "--json"),
+        cwd=home,
+        HOME=home,
+        USER=USER,
+        PYTHONPATH=f"{path}:{ROOT}",
+        STEP35_PATCH="1",
         STEP35_CONFIG=home,
         STEP35_ALLOW_UNTESTED="1",
     )
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stderr
     found = json.loads(done.stdout)
     problems = {problem["field"]: problem for problem in found["problems"]}
+    assert "does not run it" in problems["STEP35_PATCH=1"]["found"]
+    assert found["startup"].startswith("no a1_step35_patch.pth") or "not run" in found["startup"]
     assert {"~/config.json: hidden_size", "~/config.json: head_dim"} <= problems.keys()
     lacking = problems["megatron.core.models.gpt.gpt_layer_specs"]
     assert "get_gpt_decoder_block_spec" in lacking["expected"]
@@ -150,45 +181,22 @@ def test_an_untested_version_that_is_allowed_is_told_of_what_it_lacks(installed,
     module = problems["megatron.core.models.gpt.gpt_model"]
     assert module["found"].startswith("no such module")
     assert any("0.99.0 is not tested" in notice for notice in found["notices"])
-    assert any("without STEP35_PATCH=1" in notice for notice in found["notices"])
     assert "Megatron-Core" not in problems
     holds_no_private_word(done.stdout, home)
 
 
-@pytest.mark.parametrize("is_on", [True, False])
-def test_a_copy_without_its_start_up_file(tmp_path, home, is_on):
-    """On PYTHONPATH, without metadata or a .pth: STEP35_PATCH=1 would train unpatched."""
-    bare = new_environment(tmp_path / "environment")
-    # Nothing of Megatron's, and so a short run.
-    (bare.site_packages / "zz_dependencies.pth").unlink()
-    done = bare.run(
-        *("-m", "step35_patch.cli", "doctor", "--json"),
-        cwd=home,
-        HOME=home,
-        PYTHONPATH=ROOT,
-        **({"STEP35_PATCH": "1"} if is_on else {}),
-    )
+def test_it_starts_where_nothing_is_installed(without_package, home):
+    dependencies = without_package.site_packages / "zz_dependencies.pth"
+    text = dependencies.read_text()
+    dependencies.unlink()
+    try:
+        command = ("-m", "step35_patch.cli", "doctor")
+        variables = {"HOME": home, "PYTHONPATH": ROOT, "STEP35_CONFIG": home}
+        done = without_package.run(*command, cwd=home, **variables)
+    finally:
+        dependencies.write_text(text)
     assert done.returncode == 1, done.stderr
-    found = json.loads(done.stdout)
-    fields = [problem["field"] for problem in found["problems"]]
-    assert ("STEP35_PATCH=1" in fields) == is_on
-    told = any("STEP35_PATCH=1 would do nothing" in notice for notice in found["notices"])
-    assert told != is_on
-    assert found["startup"] == "no a1_step35_patch.pth"
-    assert "torch" in fields and found["versions"]["torch"] is None
-    assert {target["state"] for target in found["targets"]} <= {"not importable", "missing"}
-
-
-@pytest.mark.slow
-def test_two_megatrons(installed, home):
-    """An older wheel before the newest: the first is used, and the other one is named."""
-    older = Path(sys.prefix, "megatron-core-0.17")
-    if not older.exists():
-        pytest.skip("./run setup puts older Megatron-Cores there")
-    done = doctor(installed, home, PYTHONPATH=older)
-    assert done.returncode == 0, done.stdout
-    assert re.search(r"Megatron +0\.17\.\d+, package in .*0.17: megatron.core and", done.stdout)
-    assert re.search(r"Megatron +0\.19\.\d+, package in .*: not used", done.stdout)
-    assert "Megatrons of different versions are on the path (0.17." in done.stdout
-    assert re.search(r"ok wrapped +core.utils: .*get_thd_batch_on_this_cp_rank", done.stdout)
-    assert "Nothing is wrong" in done.stdout
+    assert "!! packaging: expected any version, found nothing" in done.stdout
+    assert "!! reading configs: expected to be possible, found No module named" in done.stdout
+    assert "so that STEP35_PATCH=1 would do nothing" in done.stdout
+    assert "STEP35_CONFIG without STEP35_PATCH=1: only programs are patched" in done.stdout
