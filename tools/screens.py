@@ -118,7 +118,7 @@ def draw(screen: Screen, width: int, file: Path) -> None:
     console = Console(width=width, record=True, file=io.StringIO(), force_terminal=True)
     set_before = "".join(f"{name}={value} " for name, value in screen.variables.items())
     words = " ".join(["step35-patch", *screen.words])
-    console.print(Text.assemble((f"$ {set_before}{words}", "dim")), soft_wrap=True)
+    console.print(Text(f"$ {set_before}{words}", "dim"))
     console.print(Text.from_ansi(captured(screen, width)), soft_wrap=True)
     file.write_text(console.export_svg(title=words, unique_id=file.stem) + "\n")
 

@@ -112,7 +112,7 @@ def sections(found: Diagnosis, hide: Callable[[str], str]) -> list[Section]:
         Section("Wrapped in Megatron (missing: not in this version)", _targets(found)),
         Section("Extras", extras),
         Section("To know", [Line(hide(notice), mark=NOTICE) for notice in found.notices]),
-        Section(end, problems or [Line("A launch would be patched as asked for", mark=GOOD)]),
+        Section(end, problems or [Line("Nothing would stop a launch", mark=GOOD)]),
     ]
 
 

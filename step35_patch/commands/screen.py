@@ -47,14 +47,13 @@ def show(sections: Sequence[Section]) -> None:
     from rich.text import Text
 
     console = Console(markup=False, emoji=False, highlight=False)
-    width = _label_width(sections)
     for section in sections:
         if not section.lines:
             continue
         console.print(section.title, style="bold")
         table = Table.grid(padding=(0, 1))
         table.add_column(width=2)
-        if width and any(line.label for line in section.lines):
+        if width := _label_width(section):
             table.add_column(width=width)
         table.add_column(overflow="fold")
         for line in section.lines:
@@ -67,18 +66,17 @@ def show(sections: Sequence[Section]) -> None:
 
 def as_text(sections: Sequence[Section]) -> str:
     """The sections that have rows, a line for each row, however long."""
-    width = _label_width(sections)
     lines = []
     for section in sections:
         if not section.lines:
             continue
         lines.append(section.title)
-        labelled = any(line.label for line in section.lines)
+        width = _label_width(section)
         for line in section.lines:
-            label = f"{line.label:<{width}} " if labelled else ""
+            label = f"{line.label:<{width}} " if width else ""
             lines.append(f"{line.mark} {label}{line.text}".rstrip())
     return "\n".join(lines)
 
 
-def _label_width(sections: Sequence[Section]) -> int:
-    return max((len(line.label) for section in sections for line in section.lines), default=0)
+def _label_width(section: Section) -> int:
+    return max(len(line.label) for line in section.lines)
