@@ -30,9 +30,11 @@ def printed(tmp_path, capsys, form: str) -> str:
 
 def test_bash_reads_the_same_words(config, tmp_path, capsys):
     (tmp_path / "model.sh").write_text(printed(tmp_path, capsys, "bash"))
+    for name in "01,":  # what [0,1] would stand for, unquoted
+        (tmp_path / name).touch()
     command = 'set -eu; source "$1"; printf "%s\\0" "${MODEL_ARGUMENTS[@]}"'
     done = subprocess.run(
-        ["bash", "-c", command, "bash", tmp_path / "model.sh"], capture_output=True, text=True
+        ["bash", "-c", command, "bash", "./model.sh"], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.stderr == ""
     words = done.stdout.split("\0")[:-1]
