@@ -4,6 +4,10 @@ They are for ``pretrain_gpt.py`` or any script on ``megatron.training``, and acc
 of Megatron-Core 0.17 to 0.19.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 from step35_patch.config.model import Step35Config
 from step35_patch.model.megatron_fields import decided_by
 
@@ -21,6 +25,67 @@ CPU_ARGUMENTS = (
     "--no-bias-swiglu-fusion",
     "--no-bias-dropout-fusion",
     "--no-rope-fusion",
+)
+
+
+class OptionGroup(NamedTuple):
+    """Options of one subject.
+
+    Attributes:
+        title: The subject.
+        note: What a reader of a launch script should know of them; may be empty.
+        options: Their names, in order.
+    """
+
+    title: str
+    note: str
+    options: tuple[str, ...]
+
+
+# All that `megatron_options` may give.
+OPTION_GROUPS = (
+    OptionGroup(
+        "Shape",
+        "each published row of the embedding is kept, whatever the tokenizer's size",
+        (
+            *("--num-layers", "--hidden-size", "--ffn-hidden-size", "--swiglu"),
+            *("--disable-bias-linear", "--untie-embeddings-and-output-weights"),
+            *("--vocab-size", "--padded-vocab-size"),
+        ),
+    ),
+    OptionGroup(
+        "Attention",
+        "of the full-attention layers; STEP35_CONFIG has the sliding ones' heads and window",
+        (
+            *("--num-attention-heads", "--group-query-attention", "--num-query-groups"),
+            *("--kv-channels", "--qk-layernorm"),
+        ),
+    ),
+    OptionGroup(
+        "RoPE",
+        "each layer's base, share and scaling are in STEP35_CONFIG",
+        ("--position-embedding-type", "--max-position-embeddings"),
+    ),
+    OptionGroup(
+        "Norm",
+        "a weight is the offset from 1",
+        ("--normalization", "--norm-epsilon", "--apply-layernorm-1p"),
+    ),
+    OptionGroup(
+        "Dropout", "Megatron's default is 0.1", ("--hidden-dropout", "--attention-dropout")
+    ),
+    OptionGroup(
+        "MoE",
+        "the router's bias balances the experts, and stays as published at rate 0",
+        (
+            *("--num-experts", "--moe-layer-freq", "--moe-ffn-hidden-size"),
+            *("--moe-shared-expert-intermediate-size", "--moe-router-topk"),
+            *("--moe-router-score-function", "--moe-router-enable-expert-bias"),
+            *("--moe-router-topk-scaling-factor", "--moe-router-dtype"),
+            *("--moe-router-load-balancing-type", "--moe-router-bias-update-rate"),
+        ),
+    ),
+    OptionGroup("MTP", "", ("--mtp-num-layers",)),
 )
 
 

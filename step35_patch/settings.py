@@ -20,6 +20,16 @@ PaddedLogits = Literal["masked", "kept"]
 GATE_LAYOUTS: tuple[GateLayout, ...] = ("headwise", "expanded")
 WINDOWS: tuple[Window, ...] = ("hf", "steptron")
 PADDED_LOGITS: tuple[PaddedLogits, ...] = ("masked", "kept")
+# What the variables with a fixed choice may say; empty is as good as unset.
+_LEGAL: dict[str, tuple[str, ...]] = {
+    "STEP35_PATCH": ("0", "1"),
+    "STEP35_ALLOW_UNTESTED": ("0", "1"),
+    "STEP35_GATE_LAYOUT": GATE_LAYOUTS,
+    "STEP35_WINDOW": WINDOWS,
+    "STEP35_PADDED_LOGITS": PADDED_LOGITS,
+}
+# All that are read.
+VARIABLES = (*_LEGAL, "STEP35_CONFIG", "STEP35_ACCEPT_CHANGED")
 
 
 class Step35ActivationError(ImportError):
@@ -130,6 +140,26 @@ def active() -> Settings | None:
     return _request.settings
 
 
+def variable_problems() -> dict[str, str]:
+    """What is wrong with the STEP35_ variables of this process, by the variable's name.
+
+    Whether the config that STEP35_CONFIG names is legal is not looked at.
+    """
+    problems = {}
+    for name, legal in _LEGAL.items():
+        try:
+            _choice(name, os.environ.get(name), legal)
+        except ValueError as error:
+            problems[name] = str(error)
+    path = os.environ.get("STEP35_CONFIG")
+    if path and not os.path.exists(path):
+        problems["STEP35_CONFIG"] = (
+            "STEP35_CONFIG: expected the path of a config.json or of a folder with one, found "
+            f"{path!r}, which does not exist. Correct it, or unset it to leave the patch inert."
+        )
+    return problems
+
+
 def _requested(
     config: str | os.PathLike[str] | Mapping[str, Any] | Step35Config | None,
     gate_layout: str | None,
@@ -140,18 +170,14 @@ def _requested(
     asked_gate_layout = _choice("gate_layout", gate_layout, GATE_LAYOUTS)
     asked_window = _choice("window", window, WINDOWS)
     asked_padded_logits = _choice("padded_logits", padded_logits, PADDED_LOGITS)
-    try:
-        for name in ("STEP35_PATCH", "STEP35_ALLOW_UNTESTED"):
-            _choice(name, os.environ.get(name), ("0", "1"))
-        default_gate_layout = _choice(
-            "STEP35_GATE_LAYOUT", os.environ.get("STEP35_GATE_LAYOUT"), GATE_LAYOUTS
-        )
-        default_window = _choice("STEP35_WINDOW", os.environ.get("STEP35_WINDOW"), WINDOWS)
-        default_padded_logits = _choice(
-            "STEP35_PADDED_LOGITS", os.environ.get("STEP35_PADDED_LOGITS"), PADDED_LOGITS
-        )
-    except ValueError as error:
-        raise Step35ActivationError(str(error)) from None
+    problems = variable_problems()
+    if config is not None:
+        problems.pop("STEP35_CONFIG", None)
+    if problems:
+        raise Step35ActivationError("\n".join(problems.values()))
+    default_gate_layout = _choice("", os.environ.get("STEP35_GATE_LAYOUT"), GATE_LAYOUTS)
+    default_window = _choice("", os.environ.get("STEP35_WINDOW"), WINDOWS)
+    default_padded_logits = _choice("", os.environ.get("STEP35_PADDED_LOGITS"), PADDED_LOGITS)
     request = Request(
         enabled=True,
         gate_layout=asked_gate_layout or default_gate_layout or GATE_LAYOUTS[0],
@@ -162,11 +188,6 @@ def _requested(
         return request._replace(settings=_settings(config, request))
     if not (path := os.environ.get("STEP35_CONFIG")):
         return request
-    if not os.path.exists(path):
-        raise Step35ActivationError(
-            "STEP35_CONFIG: expected the path of a config.json or of a folder with one, found "
-            f"{path!r}, which does not exist. Correct it, or unset it to leave the patch inert."
-        )
     # Absolute, because it is read later, perhaps in another working directory.
     return request._replace(path=os.path.abspath(path))
 

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "ARGS: the launch command, or its program's arguments alone; with --script, the script's "
-        "own arguments."
+        f"own arguments. {parser.epilog}"
     )
     parser.set_defaults(run=run)
 

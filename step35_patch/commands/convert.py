@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write what pretrain_gpt.py --load takes",
         description="Convert a folder in the published layout to a torch_dist checkpoint that "
         "Megatron-Core loads under any parallel layout, with either transformer implementation.",
+        epilog=parser.epilog,
     )
     to_megatron.add_argument("hf_dir", metavar="HF_DIR", help="folder with config.json and weights")
     to_megatron.add_argument("out", metavar="OUT", help="folder to be made")
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write what vLLM, SGLang and transformers load",
         description="Convert a torch_dist checkpoint of Megatron's, of any parallel layout, to the "
         "published layout. Optimizer state is not read.",
+        epilog=parser.epilog,
     )
     to_hf.add_argument(
         "checkpoint", metavar="CKPT", help="what --load takes, or the folder of one iteration"

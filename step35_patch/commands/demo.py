@@ -18,12 +18,13 @@ import tempfile
 import textwrap
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from step35_patch.arguments import CPU_ARGUMENTS
 from step35_patch.commands.demo_training import DemoError, for_a_shell, train
-from step35_patch.config.model import Step35Config, packaged_config_path
 from step35_patch.tensors.published import published_tensors
+
+if TYPE_CHECKING:
+    from step35_patch.config.model import Step35Config
 
 # How many of the published model's decoder layers are taken, from its last: their pattern begins
 # and ends with a full-attention layer, and the last two have clamps.
@@ -42,16 +43,42 @@ _PACKAGES = {
 }
 
 
-def main(argv: list[str]) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `step35-patch demo`."""
+    parser.add_argument(
+        "--iterations",
+        type=_iterations,
+        default=60,
+        metavar="N",
+        help="how many (%(default)s), at least 6; the last third runs again from a checkpoint",
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="DIR",
+        type=Path,
+        help="write config, checkpoints and Megatron's log to this new folder and keep them",
+    )
+    parser.add_argument("--verbose", action="store_true", help="show Megatron's log as it comes")
+    parser.set_defaults(run=run)
+
+
+def _iterations(text: str) -> int:
+    iterations = int(text)
+    if iterations < 6:
+        raise argparse.ArgumentTypeError(f"expected at least 6, found {iterations}")
+    return iterations
+
+
+def run(options: argparse.Namespace) -> int:
     """Run the demo.
 
-    Args:
-        argv: the arguments after ``step35-patch demo``.
-
     Returns:
-        0 if all that is checked holds, 1 if not, 130 if interrupted.
+        The exit status: 0 if all that is checked holds, 1 if not, 2 for a `--keep` that is no new
+        folder, 130 if interrupted.
     """
-    options = _options(argv)
+    if problem := _make_folder(options.keep):
+        print(problem, file=sys.stderr)
+        return 2
     folder = options.keep or Path(tempfile.mkdtemp(prefix="step35-demo-"))
     try:
         _demo(folder, options.iterations, options.verbose)
@@ -69,40 +96,22 @@ def main(argv: list[str]) -> int:
     return status
 
 
-def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="step35-patch demo",
-        description="Train a tiny Step-3.5 through Megatron's own training loop, on the CPU.",
-    )
-    parser.add_argument(
-        "--iterations",
-        type=int,
-        default=60,
-        help="how many (%(default)s), at least 6; the last third runs again from a checkpoint",
-    )
-    parser.add_argument(
-        "--keep",
-        metavar="DIR",
-        type=Path,
-        help="write config, checkpoints and Megatron's log to this new folder and keep them",
-    )
-    parser.add_argument("--verbose", action="store_true", help="show Megatron's log as it comes")
-    options = parser.parse_args(argv)
-    if options.iterations < 6:
-        parser.error(f"--iterations: expected at least 6, found {options.iterations}")
-    if options.keep is not None:
-        try:
-            options.keep.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            parser.error(f"--keep: {error}")
-        if any(options.keep.iterdir()):
-            parser.error(
-                f"--keep: expected a new or an empty folder, found files in {options.keep}"
-            )
-    return options
+def _make_folder(folder: Path | None) -> str | None:
+    """Make the folder that is kept, if there is one; returns why not."""
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"--keep: {error}"
+    if any(folder.iterdir()):
+        return f"--keep: expected a new or an empty folder, found files in {folder}"
+    return None
 
 
 def _demo(folder: Path, iterations: int, verbose: bool) -> None:
+    from step35_patch.config.model import Step35Config
+
     began = time.monotonic()
     _check_packages()
     document = tiny_config()
@@ -148,6 +157,8 @@ def tiny_config() -> dict[str, Any]:
     sliding layers have 1.5 times the heads, full ones rotate half a head and scale their RoPE.
     The clamps, the window and the length from which RoPE is scaled are small enough to matter.
     """
+    from step35_patch.config.model import packaged_config_path
+
     published = json.loads(packaged_config_path().read_text())
     layers = published["num_hidden_layers"] + published["num_nextn_predict_layers"]
     first = published["num_hidden_layers"] - DECODER_LAYERS
@@ -186,6 +197,8 @@ def tiny_config() -> dict[str, Any]:
 
 
 def _describe(config: Step35Config) -> str:
+    from step35_patch.config.model import Step35Config, packaged_config_path
+
     decoder = config.layers[: config.num_hidden_layers]
     full = sum(plan.window_size is None for plan in decoder)
     moe = sum(plan.is_moe for plan in decoder)
@@ -205,6 +218,8 @@ def _describe(config: Step35Config) -> str:
 
 
 def _command(iterations: int) -> list[str]:
+    from step35_patch.arguments import CPU_ARGUMENTS
+
     training = f"""
         --tokenizer-type NullTokenizer --seq-length {SEQUENCE_LENGTH}
         --micro-batch-size 8 --global-batch-size 8 --num-workers 0

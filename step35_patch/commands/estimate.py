@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from step35_patch.costs.search import Found
 
 GIB = 2**30
-EPILOG = """\
-exit status: 0; 1 if the model does not fit into --gpu-memory, or cannot be laid out so; 2 if the
-config could not be read, and for wrong usage. docs/estimate.md says what is counted, and how."""
 # What --recompute may be besides modules of selective recomputation, with or without ":N".
 _FULL = {"full": "uniform", "uniform": "uniform", "block": "block"}
 # Options that --search decides.
@@ -35,8 +32,7 @@ _DTYPES = ("fp32", "fp16", "bf16", "fp8")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `step35-patch estimate`."""
-    parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"docs/estimate.md says what is counted, and how. {parser.epilog}"
     add_config_argument(parser)
     _add_layout(parser.add_argument_group("layout"))
     _add_run(parser.add_argument_group("batch, precision, optimizer"))

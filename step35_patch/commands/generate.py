@@ -80,14 +80,14 @@ def run(options: argparse.Namespace) -> int:
         options: what a parser with `add_arguments` parsed.
 
     Returns:
-        The exit status: 0, or 1 if nothing could be generated.
+        The exit status: 0, or 2 if nothing could be generated.
     """
     try:
         with without_upstream_notices():
             _generate(options)
     except (ValueError, OSError, ImportError) as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

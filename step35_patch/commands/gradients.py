@@ -131,7 +131,11 @@ class Difference:
 
 
 def run(hf_dir: str, arguments: list[str], processes: int | None) -> int:
-    """Compare and print; returns the exit status: 0 if every gradient agrees, else 1.
+    """Compare and print.
+
+    Returns:
+        The exit status: 0 if every gradient agrees, 1 if one does not or a run failed, 2 if the
+        layout or the config can't be used.
 
     Args:
         hf_dir: a folder with a config.json; its weights are not read.
@@ -150,9 +154,12 @@ def run(hf_dir: str, arguments: list[str], processes: int | None) -> int:
         )
         with tempfile.TemporaryDirectory(prefix="step35-gradients-") as folder:
             return _compare(config, layout, Path(folder))
-    except (GradientsError, DemoError, ValueError, OSError, ImportError) as error:
+    except DemoError as error:
         print(error, file=sys.stderr)
         return 1
+    except (GradientsError, ValueError, OSError, ImportError) as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
 def _compare(config: Step35Config, layout: Layout, folder: Path) -> int:

@@ -52,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "step35-patch rehearse [-h] [--config PATH] [--processes N] [--gpus N] [--keep DIR] "
         "[--call N] [--set NAME=VALUE] -- COMMAND ..."
     )
-    parser.epilog = "COMMAND: torchrun or python with a training program, or a script for bash."
+    command = "torchrun or python with a training program, or a script for bash"
+    parser.epilog = f"COMMAND: {command}. {parser.epilog}"
     parser.set_defaults(run=run)
 
 

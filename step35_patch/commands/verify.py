@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         options: what a parser with `add_arguments` parsed.
 
     Returns:
-        The exit status: 0 if every part agrees, 1 if one differs or nothing could be compared.
+        The exit status: 0 if every part agrees, 1 if one differs, 2 if nothing could be compared.
     """
     if options.gradients:
         from step35_patch.commands import gradients
@@ -94,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
         return gradients.run(options.hf_dir, options.layout, options.processes)
     if options.layout or options.processes:
         print("LAYOUT and --processes: expected none without --gradients", file=sys.stderr)
-        return 1
+        return 2
     # Before torch looks for a device: the comparison is one of CPUs.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _return_freed_memory()
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
             report = _compare(options)
     except (ValueError, OSError, ImportError) as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2
     _print_summary(report)
     return 0 if report.agrees else 1
 

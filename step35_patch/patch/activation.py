@@ -20,6 +20,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,13 @@ def activate_on_import(followers: Mapping[str, Callable[[ModuleType], None]]) ->
     Args:
         followers: By the name of a module that is no target, what to call with it once it is
             imported, and with each further activation.
+
+    Raises:
+        Step35ActivationError: As `activate`. Not in `step35-patch doctor`, which stays as it is: it
+            has to start where nothing else does, and looks at other processes.
     """
+    if _is_doctor(sys.orig_argv):
+        return
     _followers.update(followers)
     activate()
     if os.environ.get("STEP35_PATCH") == "1" and STARTUP_MODULE not in sys.modules:
@@ -94,6 +101,19 @@ def activate_on_import(followers: Mapping[str, Callable[[ModuleType], None]]) ->
             "an embedded interpreter, or a package that is not installed): activated by this "
             "import instead. Processes that never import step35_patch stay unpatched."
         )
+
+
+def _is_doctor(command: Sequence[str]) -> bool:
+    """Whether a process was started as `step35-patch doctor`; sys.argv is not set yet."""
+    return any(
+        word == "doctor"
+        # The installed command, or `python -m` with the module of it.
+        and (
+            os.path.basename(program) == "step35-patch"
+            or program.split(".") == ["step35_patch", "cli"]
+        )
+        for program, word in pairwise(command)
+    )
 
 
 def deactivate() -> None:

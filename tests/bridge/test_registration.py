@@ -86,6 +86,26 @@ except ValueError as error:
     assert "AutoConfig.from_pretrained(folder)" in str(error), error
 else:
     raise AssertionError("a config without its folder was taken")
+
+# The YAML file of step35-patch args, as Megatron-Bridge's scripts merge it.
+import contextlib, dataclasses, pathlib
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.training.utils.omegaconf_utils import process_config_with_overrides
+from step35_patch import cli
+
+@dataclasses.dataclass
+class Run:
+    model: GPTModelProvider
+
+file = pathlib.Path(sys.argv[1], "model.yaml")
+with open(file, "w") as stream, contextlib.redirect_stdout(stream):
+    assert cli.main(["args", sys.argv[1], "--format", "yaml"]) == 0
+merged = Run(AutoBridge.from_hf_pretrained(sys.argv[1]).to_megatron_provider(load_weights=False))
+asked = merged.model.step35.config.fingerprint
+merged.model.swiglu_limits = [1.0] * 8  # which would be refused
+process_config_with_overrides(merged, str(file))
+merged.model.finalize()
+assert merged.model.step35.config.fingerprint == asked
 """
     other = "\nprint('another model', another_model())"
     active = run(code + other, folder, STEP35_CONFIG=str(folder))

@@ -108,5 +108,5 @@ def test_command_prints_them_for_a_shell(capsys):
 
 
 def test_command_says_what_is_wrong_with_a_config(capsys, tmp_path):
-    assert main(["args", str(tmp_path)]) == 1
+    assert main(["args", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err

@@ -133,7 +133,7 @@ def test_processes_of_torchrun(ranks, folder, stages):
 
 
 def refused(capfd, *arguments: object) -> str:
-    assert generate(*arguments) == 1
+    assert generate(*arguments) == 2
     captured = capfd.readouterr()
     assert captured.out == ""
     return captured.err
@@ -160,7 +160,7 @@ def test_a_tokenizer_or_length_that_does_not_fit(tmp_path, capfd):
     shutil.copytree(TOKENIZER, short, dirs_exist_ok=True)
     assert "expected at most max_position_embeddings 20 tokens" in refused(capfd, short)
     options = "--prompt", "x", "--max-new-tokens", "0"
-    assert main(["generate", str(short), *options]) == 1
+    assert main(["generate", str(short), *options]) == 2
     assert "--max-new-tokens: expected at least 1, found 0" in capfd.readouterr().err
 
 

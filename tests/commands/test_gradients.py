@@ -73,5 +73,5 @@ def test_layout_agrees(tmp_path, capsys):
 
 
 def test_layout_is_for_gradients_only(tmp_path, capsys):
-    assert cli.main(["verify", str(tmp_path), "--", "--sequence-parallel"]) == 1
+    assert cli.main(["verify", str(tmp_path), "--", "--sequence-parallel"]) == 2
     assert "expected none without --gradients" in capsys.readouterr().err

@@ -97,7 +97,7 @@ def test_the_command_refuses_a_checkpoint_that_lacks(case, monkeypatch, capsys, 
 
     monkeypatch.setattr(megatron_source, "MegatronCheckpoint", Lacking)
     arguments = (case[2], "--checkpoint", "trained", "--length", LENGTH)
-    assert run(monkeypatch, *arguments) == 1
+    assert run(monkeypatch, *arguments) == 2
     error = capsys.readouterr().err
     if lacks == "MTP layers":
         assert f"expected 2 MTP layers as in config.json, found no {HEADS[2]}" in error
@@ -115,12 +115,12 @@ def test_the_command_leaves_the_mtp_layers_out(case, monkeypatch, capsys):
 
 
 def test_the_command_says_why_nothing_was_compared(case, monkeypatch, capsys, tmp_path):
-    assert run(monkeypatch, tmp_path) == 1
+    assert run(monkeypatch, tmp_path) == 2
     assert "config.json" in capsys.readouterr().err
-    assert run(monkeypatch, case[2], "--length", WINDOW) == 1
+    assert run(monkeypatch, case[2], "--length", WINDOW) == 2
     assert "length: expected more than" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "transformers.models.step3p7", None)
-    assert run(monkeypatch, case[2]) == 1
+    assert run(monkeypatch, case[2]) == 2
     printed = capsys.readouterr()
     assert 'pip install "transformers>=5.23"' in printed.err and not printed.out
     with pytest.raises(SystemExit):
