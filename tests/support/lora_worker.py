@@ -22,7 +22,7 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from safetensors.torch import load_file
 
 from step35_patch import Step35Config
-from step35_patch.bridge import save_adapters
+from step35_patch.bridge import Step35CanonicalLoRA, save_adapters
 from step35_patch.checkpoint import (
     load_hf_weights,
     published_tensors_of,
@@ -39,11 +39,19 @@ EVERY_LINEAR = [
     *("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "router", "eh_proj"),
     *("output_layer", "*mtp_output_heads.*"),
 ]
+QKV = ["linear_q", "linear_g", "linear_k", "linear_v"]
+APART = {"linear_qkv": QKV, "linear_fc1": ["linear_fc1_gate", "linear_fc1_up"]}
 ALPHA, DIM = 8, 4
 
 
-def lora(target_modules: list[str] = EVERY_LINEAR, **options: Any) -> LoRA:
-    return LoRA(target_modules=list(target_modules), dim=DIM, alpha=ALPHA, **options)
+def lora(
+    target_modules: list[str] = EVERY_LINEAR, kind: str = "lora", **options: Any
+) -> LoRA | DoRA | Step35CanonicalLoRA:
+    """LoRA, CanonicalLoRA on the parts of the same layers, or DoRA."""
+    if kind == "canonical":
+        target_modules = [part for name in target_modules for part in APART.get(name, [name])]
+    made = {"lora": LoRA, "dora": DoRA, "canonical": Step35CanonicalLoRA}[kind]
+    return made(target_modules=list(target_modules), dim=DIM, alpha=ALPHA, **options)
 
 
 def losses(chunks: Chunks, tokens: torch.Tensor) -> torch.Tensor:
@@ -98,17 +106,59 @@ def check_start(chunks: Chunks, tokens: torch.Tensor, plain: torch.Tensor) -> No
                 assert parameter.grad.abs().max() > 0, name
 
 
-def product(exported: dict[str, torch.Tensor], name: str) -> torch.Tensor | float:
-    """alpha / dim * B A of a published tensor, or of each expert's part of it."""
-    a, b = (
-        exported.get(name.removesuffix(".weight") + f".lora_{letter}.weight") for letter in "AB"
-    )
-    assert (a is None) == (b is None), name
-    return 0.0 if a is None or b is None else ALPHA / a.shape[-2] * (b @ a)
+def exported_adapters(bridge: AutoBridge, chunks: Chunks) -> dict[str, torch.Tensor]:
+    """What Megatron-Bridge exports, which are the parameters themselves where it can be."""
+    exported = bridge.export_adapter_weights(chunks, show_progress=False)
+    return {name: tensor.detach().clone() for name, tensor in exported}
+
+
+class Adapter:
+    """What is exported of one published tensor's adapter."""
+
+    def __init__(self, exported: dict[str, torch.Tensor], name: str):
+        stem = name.removesuffix(".weight")
+        self.a, self.b = (exported.get(f"{stem}.lora_{letter}.weight") for letter in "AB")
+        self.lengths = exported.get(f"{stem}.lora_magnitude_vector")
+        assert (self.a is None) == (self.b is None), name
+
+    @property
+    def scale(self) -> float:
+        return ALPHA / self.a.shape[-2]
+
+    def direction(self, weight: torch.Tensor) -> torch.Tensor:
+        """W + alpha / dim * B A, of each expert's part if there are several."""
+        return weight if self.a is None else weight + self.scale * (self.b @ self.a)
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        whole = self.direction(weight)
+        return whole if self.lengths is None else self.by_row(whole) * whole
+
+    def by_row(self, whole: torch.Tensor) -> torch.Tensor:
+        """What the rows are multiplied by: [rows, 1]."""
+        return (self.lengths / whole.square().sum(1).sqrt())[:, None]
+
+    def gradients(self, weight: torch.Tensor, of_merged: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Those of A, B and the lengths, from that of the merged weight, by PEFT's names.
+
+        The length of W + B A is a constant to DoRA.
+        """
+        found, of_direction = {}, of_merged
+        if self.lengths is not None:
+            whole = self.direction(weight)
+            of_direction = self.by_row(whole) * of_merged
+            unit = whole / whole.square().sum(1, keepdim=True).sqrt()
+            found["lora_magnitude_vector"] = (of_merged * unit).sum(1)
+        found["lora_A.weight"] = self.scale * self.b.mT @ of_direction
+        found["lora_B.weight"] = self.scale * of_direction @ self.a.mT
+        return found
 
 
 def check_exports(
-    bridge: AutoBridge, chunks: Chunks, weights: dict[str, torch.Tensor], without: list[str]
+    bridge: AutoBridge,
+    chunks: Chunks,
+    weights: dict[str, torch.Tensor],
+    without: list[str],
+    kind: str,
 ) -> None:
     """Merged is base + B A, of each published tensor, both by Megatron-Bridge and by us."""
     merged = dict(bridge.export_hf_weights(chunks, show_progress=False))
@@ -119,12 +169,13 @@ def check_exports(
     assert {"q", "k", "v", "g", "o"} <= {name.split("_proj.lora_A")[0][-1] for name in exported}
     for name, tensor in weights.items():
         assert torch.equal(base[name], tensor), name
-        assert close(merged[name], tensor + product(exported, name)), name
+        assert close(merged[name], Adapter(exported, name).merged(tensor)), name
     linear = {
         name
         for name in weights
         if not any(part in name for part in ["norm", "router_bias", "embed_tokens", *without])
     }
+    assert any("lora_magnitude" in name for name in exported) == (kind == "dora")
     adapted = {name.rsplit(".lora_")[0] + ".weight" for name in exported}
     assert adapted == linear, adapted ^ linear
 
@@ -139,12 +190,13 @@ def check_folder(folder: Path, exported: dict[str, torch.Tensor], config: Step35
     """B A of each adapter in a folder for PEFT, multiplied as PEFT does, is the model's."""
     state = load_file(folder / "adapter_model.safetensors")
     document = json.loads((folder / "adapter_config.json").read_text())
-    targets = {*document["target_modules"], *document["target_parameters"]}
+    targets = {*document["target_modules"], *document.get("target_parameters", ())}
     found = set()
     for info in published_tensors(config.without_mtp()):
-        expected = product(exported, info.name)
-        if isinstance(expected, float):
+        adapter = Adapter(exported, info.name)
+        if adapter.a is None:
             continue
+        expected = adapter.scale * (adapter.b @ adapter.a)
         place = transformers_place(info)
         name = place.name.removesuffix(".weight")
         target = place.name if name.endswith("mlp.gate") else name
@@ -164,8 +216,11 @@ def check_folder(folder: Path, exported: dict[str, torch.Tensor], config: Step35
         rows = slice(place.first_row, place.first_row + info.shape[-2])
         scaled = document["lora_alpha"] / rank * delta[..., rows, :]
         assert close(scaled, expected), info.name
+        if adapter.lengths is not None:
+            magnitudes = state[f"base_model.model.{name}.lora_magnitude_vector"]
+            assert torch.equal(magnitudes, adapter.lengths), info.name
     assert found == targets
-    assert len(state) == 2 * len(targets)
+    assert len(state) == (3 if document["use_dora"] else 2) * len(targets)
 
 
 def check_saved_adapters(
@@ -179,6 +234,58 @@ def check_saved_adapters(
     exported = dict(bridge.export_adapter_weights(chunks, show_progress=False))
     if torch.distributed.get_rank() == 0:
         check_folder(out, exported, config)
+
+
+def check_gradients(
+    bridge: AutoBridge,
+    chunks: Chunks,
+    merged: Chunks,
+    weights: dict[str, torch.Tensor],
+    exported: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+) -> None:
+    """The adapters' gradients are what those of a model with merged weights amount to.
+
+    Args:
+        chunks: with adapters, as `exported`.
+        merged: the same model without them; both are changed: their gradients become their values.
+        weights: the base's.
+    """
+    for model in (chunks, merged):
+        for chunk in model:
+            chunk.zero_grad()
+        losses(model, tokens)[: tokens.numel()].sum().backward()
+        with torch.no_grad():
+            for chunk in model:
+                for parameter in chunk.parameters():
+                    if parameter.grad is not None:
+                        parameter.data, parameter.grad = parameter.grad, parameter.data
+    of_merged = dict(published_tensors_of(merged))
+    found = exported_adapters(bridge, chunks)
+    expected: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        adapter = Adapter(exported, name)
+        if adapter.a is not None:
+            stem = name.removesuffix(".weight")
+            for part, gradient in adapter.gradients(weight, of_merged[name]).items():
+                expected[f"{stem}.{part}"] = gradient
+    assert expected.keys() == found.keys()
+    for name, gradient in found.items():
+        # What several published tensors, or all experts, have in common is trained by all.
+        same = [
+            other
+            for other in (expected if name.endswith("lora_A.weight") else [name])
+            if _layer(other) == _layer(name) and torch.equal(exported[other], exported[name])
+        ]
+        whole = sum(expected[other] for other in same)
+        if whole.dim() == 3 and torch.equal(exported[name][0], exported[name][1]):
+            whole = whole.sum(0, keepdim=True).expand_as(whole)
+        # Of a whole layer's gradients, sums of 48 tokens' in another order.
+        assert (gradient - whole).abs().max() < 1e-4 * whole.abs().max(), name
+
+
+def _layer(name: str) -> list[str]:
+    return name.split(".")[:3]
 
 
 def check_refused_without_a_choice(chunks: Chunks, folder: Path, out: Path) -> None:
@@ -211,13 +318,14 @@ def adapt(folder: str, out: str, gate_layout: str, fields: str, options: str, wi
     )
     whole = parallel_state.get_pipeline_model_parallel_world_size() == 1
     plain = losses(chunks, tokens) if whole else None
-    peft = lora(**json.loads(options))
+    asked = json.loads(options)
+    peft, kind = lora(**asked), asked.get("kind", "lora")
     chunks = peft(chunks)
     check_adapters(chunks)
     if plain is not None:
         check_start(chunks, tokens, plain)
     draw(chunks)
-    check_exports(bridge, chunks, weights, json.loads(without))
+    check_exports(bridge, chunks, weights, json.loads(without), kind)
     config = Step35Config.from_pretrained(folder)
     check_saved_adapters(bridge, chunks, peft, config, Path(out, "adapters"))
     check_refused_without_a_choice(chunks, Path(folder), Path(out))
@@ -231,6 +339,11 @@ def adapt(folder: str, out: str, gate_layout: str, fields: str, options: str, wi
         load_hf_weights(merged, f"{out}/merged")
         found = losses(merged, tokens)
         assert close(found, adapted), (found - adapted).abs().max()
+        with torch.no_grad():
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+            torch.save(chunks[0].eval()(tokens, positions, None), f"{out}/logits.pt")
+        exported = exported_adapters(bridge, chunks)
+        check_gradients(bridge, chunks, merged, weights, exported, tokens)
 
 
 def drop(folder: str) -> None:
@@ -247,20 +360,29 @@ def drop(folder: str) -> None:
 def refuse(folder: str, gate_layout: str) -> None:
     """What does not go with the model is refused when the model is made, and when exported."""
     bridge, plain = provided(Path(folder), gate_layout, {})
+    canonical, message = CanonicalLoRA(dim=DIM, alpha=ALPHA), r"linear_qkv: .*Step35CanonicalLoRA"
+    provider = bridge.to_megatron_provider(load_weights=False)
+    provider.register_pre_wrap_hook(canonical)
+    with pytest.raises(ValueError, match=message):
+        provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+    chunks = canonical(another(bridge, {}))
+    for export in (bridge.export_hf_weights, bridge.export_adapter_weights):
+        with pytest.raises(ValueError, match=message):
+            next(iter(export(chunks, show_progress=False)))
+    with pytest.raises(ValueError, match=message):
+        next(published_tensors_of(chunks, adapters="merged"))
+
     for peft, message in (
-        (CanonicalLoRA(dim=DIM, alpha=ALPHA), r"linear_qkv: .*CanonicalLoRA.*use LoRA"),
-        (DoRA(["linear_qkv", "linear_proj"], dim=DIM), r"linear_qkv: .*DoRA.*use LoRA"),
+        (lora(["linear_fc1"], "dora"), r"local_experts\.0\.linear_fc1: .*no DoRA on routed"),
+        (lora(["router"], "dora"), r"mlp\.router: .*no DoRA on .*routers"),
+        (lora(["output_layer"], "dora"), r"output_layer: .*no DoRA on output matrices"),
+        (lora(["linear_qkv"], "dora", dropout=0.5), r"linear_qkv: .*found 0\.5.*set dropout to 0"),
     ):
-        provider = bridge.to_megatron_provider(load_weights=False)
-        provider.register_pre_wrap_hook(peft)
         with pytest.raises(ValueError, match=message):
-            provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-        chunks = peft(another(bridge, {}))
-        for export in (bridge.export_hf_weights, bridge.export_adapter_weights):
-            with pytest.raises(ValueError, match=message):
-                next(iter(export(chunks, show_progress=False)))
-        with pytest.raises(ValueError, match=message):
-            next(published_tensors_of(chunks, adapters="merged"))
+            check_adapters(peft(another(bridge, {})))
+    grouped = another(bridge, {"moe_grouped_gemm": True})
+    with pytest.raises(ValueError, match=r"experts\.linear_fc1: .*use share_expert_adapters"):
+        check_adapters(lora(["linear_fc1"], experts_shared_outer_loras=True)(grouped))
     some = lora(["*.layers.3.*.local_experts.0.linear_fc1"])(plain)
     with pytest.raises(ValueError, match="for some only"):
         list(bridge.export_adapter_weights(some, show_progress=False))
@@ -275,10 +397,14 @@ def refuse_places(folder: str) -> None:
     }
     bridge, _ = provided(Path(folder), "headwise", fields)
     for place, message in (
-        ("router", "router: .*mix"),
-        ("linear_fc2", r"expert_tensor_par.* to 1"),
+        ({"target_modules": ["router"]}, "router: .*mix"),
+        ({"target_modules": ["linear_fc2"]}, r"expert_tensor_par.* to 1"),
+        (
+            {"target_modules": ["linear_qkv"], "kind": "dora"},
+            "linear_qkv: .*no DoRA with tensor_model_parallel_size 2",
+        ),
     ):
-        chunks = lora([place])(another(bridge, fields))
+        chunks = lora(**place)(another(bridge, fields))
         with pytest.raises(ValueError, match=message):
             next(iter(bridge.export_hf_weights(chunks, show_progress=False)))
 
