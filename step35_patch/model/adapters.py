@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -83,7 +84,7 @@ def check_adapters(chunks: Iterable[torch.nn.Module]) -> None:
 
 def _problem(name: str, wrapper: Any) -> str | None:
     if of_modelopt(wrapper):
-        return None
+        return _problem_of_modelopt(name, wrapper.config)
     adapter = wrapper.adapter
     if hasattr(adapter, "weight_magnitude"):
         return _problem_of_dora(name, wrapper)
@@ -95,6 +96,22 @@ def _problem(name: str, wrapper: Any) -> str | None:
         "another class, found Megatron-Bridge's CanonicalLoRA, which doesn't know the gate's rows; "
         "use step35_patch.bridge.Step35CanonicalLoRA"
     )
+
+
+def _problem_of_modelopt(name: str, config: TransformerConfig) -> str | None:
+    if config.sequence_parallel:
+        return (
+            "no adapter of ModelOpt's with sequence_parallel, found it on: of the gradients of A "
+            "or B each rank has its own tokens' alone, and nothing sums them; leave it off, or use "
+            "Megatron-Bridge's LoRA"
+        )
+    if ".experts." in name and config.expert_model_parallel_size > 1:
+        return (
+            "no adapter of ModelOpt's on routed experts with expert_model_parallel_size "
+            f"{config.expert_model_parallel_size}, where its gradients are summed over all ranks' "
+            "experts; set it to 1, or use Megatron-Bridge's LoRA"
+        )
+    return None
 
 
 def _problem_of_pair(adapter: Any) -> str | None:

@@ -111,7 +111,7 @@ def test_where_adapters_do_not_go_is_refused(bridge_ranks, published):
 
 
 def test_expanded_gate_is_trained_saved_and_resumed(bridge_ranks, published, tmp_path):
-    run(bridge_ranks, 1, "resume", published, tmp_path)
+    run(bridge_ranks, 1, "resume", published, tmp_path, json.dumps(DENSE))
 
 
 def test_dropout_is_applied_to_experts_in_place(bridge_ranks, published):

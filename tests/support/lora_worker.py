@@ -32,6 +32,8 @@ from step35_patch.model.adapters import check_adapters
 from step35_patch.tensors.published import published_tensors
 from step35_patch.tensors.qkv import DriftedGateError, gate_rows
 from step35_patch.tensors.spelling import transformers_place
+from support.modelopt_lora import adapt as adapt_as_modelopt
+from support.ours import published_gradients
 
 Chunks = list[torch.nn.Module]
 
@@ -247,20 +249,17 @@ def check_gradients(
     """The adapters' gradients are what those of a model with merged weights amount to.
 
     Args:
-        chunks: with adapters, as `exported`.
-        merged: the same model without them; both are changed: their gradients become their values.
+        chunks: with adapters, as `exported`; whose values become their gradients.
+        merged: the same model without them.
         weights: the base's.
     """
     for model in (chunks, merged):
         for chunk in model:
             chunk.zero_grad()
         losses(model, tokens)[: tokens.numel()].sum().backward()
-        with torch.no_grad():
-            for chunk in model:
-                for parameter in chunk.parameters():
-                    if parameter.grad is not None:
-                        parameter.data, parameter.grad = parameter.grad, parameter.data
-    of_merged = dict(published_tensors_of(merged))
+    of_merged = published_gradients(merged[0])
+    for _, parameter in adapters(chunks):
+        parameter.data = parameter.grad
     found = exported_adapters(bridge, chunks)
     expected: dict[str, torch.Tensor] = {}
     for name, weight in weights.items():
@@ -343,6 +342,8 @@ def adapt(folder: str, out: str, gate_layout: str, fields: str, options: str, wi
             positions = torch.arange(tokens.shape[1]).expand_as(tokens)
             torch.save(chunks[0].eval()(tokens, positions, None), f"{out}/logits.pt")
         exported = exported_adapters(bridge, chunks)
+        if kind == "canonical":
+            check_checkpoint(chunks, exported, Path(out, "saved"))
         check_gradients(bridge, chunks, merged, weights, exported, tokens)
 
 
@@ -383,6 +384,9 @@ def refuse(folder: str, gate_layout: str) -> None:
     grouped = another(bridge, {"moe_grouped_gemm": True})
     with pytest.raises(ValueError, match=r"experts\.linear_fc1: .*use share_expert_adapters"):
         check_adapters(lora(["linear_fc1"], experts_shared_outer_loras=True)(grouped))
+    in_place = adapt_as_modelopt(another(bridge, {"transformer_impl": "local"})[0])
+    with pytest.raises(ValueError, match=r"ModelOpt's on .*adapters='merged'"):
+        next(iter(bridge.export_hf_weights([in_place], show_progress=False)))
     some = lora(["*.layers.3.*.local_experts.0.linear_fc1"])(plain)
     with pytest.raises(ValueError, match="for some only"):
         list(bridge.export_adapter_weights(some, show_progress=False))
@@ -418,12 +422,23 @@ def train(chunks: Chunks, tokens: torch.Tensor) -> None:
         optimizer.step()
 
 
-def resume(folder: str, out: str) -> None:
-    """The expanded gate is trained as the head-wise one, saved with equal rows, and resumed."""
+def resume(folder: str, out: str, dense: str) -> None:
+    """The expanded gate is trained as the head-wise one, saved with equal rows, and resumed.
+
+    Args:
+        folder: in the published layout, with tokens.pt.
+        out: a folder to write in.
+        dense: the layers that DoRA can be on, as JSON.
+    """
     bridge, _ = provided(Path(folder), "headwise", {})
     tokens = torch.load(f"{folder}/tokens.pt")
-    headwise = lora()(another(bridge, {}))
-    expanded = lora()(another(bridge, {"gate_layout": "expanded"}))
+    for peft in (lora(), lora(kind="canonical"), lora(json.loads(dense), "dora")):
+        resume_one(bridge, tokens, Path(out, type(peft).__name__), peft)
+
+
+def resume_one(bridge: AutoBridge, tokens: torch.Tensor, out: Path, peft: Any) -> None:
+    expanded_gate = {"gate_layout": "expanded"}
+    headwise, expanded = peft(another(bridge, {})), peft(another(bridge, expanded_gate))
     first = dict(adapters(headwise))
     with torch.no_grad():
         for name, parameter in adapters(expanded):
@@ -431,32 +446,53 @@ def resume(folder: str, out: str) -> None:
                 parameter.copy_(first[name])
     train(headwise, tokens)
     train(expanded, tokens)
-    expected = dict(bridge.export_adapter_weights(headwise, show_progress=False))
-    for name, tensor in bridge.export_adapter_weights(expanded, show_progress=False):
+    expected = exported_adapters(bridge, headwise)
+    for name, tensor in exported_adapters(bridge, expanded).items():
         assert tensor.abs().max() > 0, name
         assert close(tensor, expected[name]), name
 
     after = losses(expanded, tokens)
     (chunk,) = expanded
-    sharded = {
-        name: value for name, value in chunk.sharded_state_dict().items() if ".adapter." in name
-    }
-    Path(out, "saved").mkdir()
-    dist_checkpointing.save(sharded, f"{out}/saved")
-    resumed = lora()(another(bridge, {"gate_layout": "expanded"}))
-    wanted = {
-        name: value
-        for name, value in resumed[0].sharded_state_dict().items()
-        if ".adapter." in name
-    }
-    state = dist_checkpointing.load(wanted, f"{out}/saved")
-    resumed[0].load_state_dict(state, strict=False)
-    assert torch.equal(losses(resumed, tokens), after)
+    out.mkdir()
+    dist_checkpointing.save(of_adapters(chunk.sharded_state_dict()), out)
+    (resumed,) = peft(another(bridge, expanded_gate))
+    state = dist_checkpointing.load(of_adapters(resumed.sharded_state_dict()), out)
+    resumed.load_state_dict(state, strict=False)
+    assert torch.equal(losses([resumed], tokens), after)
 
     # As a tool that knows Megatron-Core's own gate alone would have trained them.
-    name = "decoder.layers.1.self_attention.linear_qkv.adapter.linear_out.weight"
-    state[name] = state[name].clone()
-    layout = chunk.decoder.layers[1].self_attention.qkv
-    gate_rows(state[name], layout)[:, :, 1:] += 0.1
-    with pytest.raises(DriftedGateError, match=r"layer 1: linear_qkv's adapter.*'headwise'"):
-        resumed[0].load_state_dict(state, strict=False)
+    linear_qkv = "decoder.layers.1.self_attention.linear_qkv.adapter."
+    for name in {"linear_out.weight", "weight_magnitude"}:
+        if linear_qkv + name not in state:
+            continue
+        drifted = state[linear_qkv + name].clone()
+        layout = chunk.decoder.layers[1].self_attention.qkv
+        gate_rows(drifted.view(len(drifted), -1), layout)[:, :, 1:] += 0.1
+        with pytest.raises(DriftedGateError, match=r"layer 1: linear_qkv's adapter.*'headwise'"):
+            resumed.load_state_dict(state | {linear_qkv + name: drifted}, strict=False)
+
+    # Megatron-Bridge's wrappers leave their own names out of what they save, and load by them.
+    with pytest.raises(RuntimeError, match=r"Missing key.*linear_qkv\.to_wrap\.weight"):
+        resumed.load_state_dict(resumed.state_dict(), strict=True)
+
+
+def of_adapters(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if ".adapter." in name}
+
+
+def check_checkpoint(chunks: Chunks, exported: dict[str, torch.Tensor], out: Path) -> None:
+    """A checkpoint has B of each published matrix whole, whatever the tensor-parallel size."""
+    (chunk,) = chunks
+    if torch.distributed.get_rank() == 0:
+        out.mkdir()
+    torch.distributed.barrier()
+    dist_checkpointing.save(of_adapters(chunk.sharded_state_dict()), out)
+    saved = dist_checkpointing.load_plain_tensors(out)
+    layer, published = "decoder.layers.1.", "model.layers.1."
+    for linear, parts, where in (
+        ("self_attention.linear_qkv", "qgkv", "self_attn."),
+        ("mlp.linear_fc1", ["gate", "up"], "mlp."),
+    ):
+        for part in parts:
+            found = saved[f"{layer}{linear}.adapter.adapter_{part}.linear_out.weight"]
+            assert torch.equal(found, exported[f"{published}{where}{part}_proj.lora_B.weight"])
