@@ -52,7 +52,7 @@ LAYOUTS = {
     "canonical, tp2": (
         2,
         "headwise",
-        TP2 | LOCAL,
+        TP2,
         {"kind": "canonical", "target_modules": TARGETS},
         ["moe.gate.", "shared_head.output"],
     ),

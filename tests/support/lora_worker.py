@@ -28,10 +28,16 @@ from step35_patch.checkpoint import (
     published_tensors_of,
     save_hf_weights,
 )
-from step35_patch.model.adapters import check_adapters
-from step35_patch.tensors.published import published_tensors
+from step35_patch.model.adapters import adapted_modules, check_adapters
 from step35_patch.tensors.qkv import DriftedGateError, gate_rows
-from step35_patch.tensors.spelling import transformers_place
+from support.exported_adapters import (
+    ALPHA,
+    DIM,
+    Adapter,
+    check_folder,
+    check_gradients,
+    close,
+)
 from support.modelopt_lora import adapt as adapt_as_modelopt
 from support.ours import published_gradients
 
@@ -43,7 +49,6 @@ EVERY_LINEAR = [
 ]
 QKV = ["linear_q", "linear_g", "linear_k", "linear_v"]
 APART = {"linear_qkv": QKV, "linear_fc1": ["linear_fc1_gate", "linear_fc1_up"]}
-ALPHA, DIM = 8, 4
 
 
 def lora(
@@ -82,10 +87,6 @@ def draw(chunks: Chunks) -> None:
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
 def another(bridge: AutoBridge, fields: dict[str, Any]) -> Chunks:
     """A model without adapters, of the layout of the first."""
     provider = bridge.to_megatron_provider()
@@ -112,47 +113,6 @@ def exported_adapters(bridge: AutoBridge, chunks: Chunks) -> dict[str, torch.Ten
     """What Megatron-Bridge exports, which are the parameters themselves where it can be."""
     exported = bridge.export_adapter_weights(chunks, show_progress=False)
     return {name: tensor.detach().clone() for name, tensor in exported}
-
-
-class Adapter:
-    """What is exported of one published tensor's adapter."""
-
-    def __init__(self, exported: dict[str, torch.Tensor], name: str):
-        stem = name.removesuffix(".weight")
-        self.a, self.b = (exported.get(f"{stem}.lora_{letter}.weight") for letter in "AB")
-        self.lengths = exported.get(f"{stem}.lora_magnitude_vector")
-        assert (self.a is None) == (self.b is None), name
-
-    @property
-    def scale(self) -> float:
-        return ALPHA / self.a.shape[-2]
-
-    def direction(self, weight: torch.Tensor) -> torch.Tensor:
-        """W + alpha / dim * B A, of each expert's part if there are several."""
-        return weight if self.a is None else weight + self.scale * (self.b @ self.a)
-
-    def merged(self, weight: torch.Tensor) -> torch.Tensor:
-        whole = self.direction(weight)
-        return whole if self.lengths is None else self.by_row(whole) * whole
-
-    def by_row(self, whole: torch.Tensor) -> torch.Tensor:
-        """What the rows are multiplied by: [rows, 1]."""
-        return (self.lengths / whole.square().sum(1).sqrt())[:, None]
-
-    def gradients(self, weight: torch.Tensor, of_merged: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Those of A, B and the lengths, from that of the merged weight, by PEFT's names.
-
-        The length of W + B A is a constant to DoRA.
-        """
-        found, of_direction = {}, of_merged
-        if self.lengths is not None:
-            whole = self.direction(weight)
-            of_direction = self.by_row(whole) * of_merged
-            unit = whole / whole.square().sum(1, keepdim=True).sqrt()
-            found["lora_magnitude_vector"] = (of_merged * unit).sum(1)
-        found["lora_A.weight"] = self.scale * self.b.mT @ of_direction
-        found["lora_B.weight"] = self.scale * of_direction @ self.a.mT
-        return found
 
 
 def check_exports(
@@ -188,43 +148,6 @@ def check_exports(
             assert close(tensor, expected[name]), (choice, name)
 
 
-def check_folder(folder: Path, exported: dict[str, torch.Tensor], config: Step35Config) -> None:
-    """B A of each adapter in a folder for PEFT, multiplied as PEFT does, is the model's."""
-    state = load_file(folder / "adapter_model.safetensors")
-    document = json.loads((folder / "adapter_config.json").read_text())
-    targets = {*document["target_modules"], *document.get("target_parameters", ())}
-    found = set()
-    for info in published_tensors(config.without_mtp()):
-        adapter = Adapter(exported, info.name)
-        if adapter.a is None:
-            continue
-        expected = adapter.scale * (adapter.b @ adapter.a)
-        place = transformers_place(info)
-        name = place.name.removesuffix(".weight")
-        target = place.name if name.endswith("mlp.gate") else name
-        found.add(target)
-        rank = document["rank_pattern"].get(target, document["r"])
-        where = name
-        if len(info.shape) == 3:  # gate and up have the inner of two wrappers around the experts
-            experts, _, last = name.rpartition(".")
-            both = f"{experts}.down_proj" in targets and last == "gate_up_proj"
-            where = f"{experts}.base_layer" if both else experts
-        a, b = (state[f"base_model.model.{where}.lora_{letter}.weight"] for letter in "AB")
-        if len(info.shape) == 3:
-            a, b = a.reshape(len(expected), rank, -1), b.reshape(len(b), rank, len(expected))
-            delta = torch.einsum("o r e, e r i -> e o i", b, a)
-        else:
-            delta = b @ a
-        rows = slice(place.first_row, place.first_row + info.shape[-2])
-        scaled = document["lora_alpha"] / rank * delta[..., rows, :]
-        assert close(scaled, expected), info.name
-        if adapter.lengths is not None:
-            magnitudes = state[f"base_model.model.{name}.lora_magnitude_vector"]
-            assert torch.equal(magnitudes, adapter.lengths), info.name
-    assert found == targets
-    assert len(state) == (3 if document["use_dora"] else 2) * len(targets)
-
-
 def check_saved_adapters(
     bridge: AutoBridge, chunks: Chunks, peft: LoRA, config: Step35Config, out: Path
 ) -> None:
@@ -236,55 +159,6 @@ def check_saved_adapters(
     exported = dict(bridge.export_adapter_weights(chunks, show_progress=False))
     if torch.distributed.get_rank() == 0:
         check_folder(out, exported, config)
-
-
-def check_gradients(
-    bridge: AutoBridge,
-    chunks: Chunks,
-    merged: Chunks,
-    weights: dict[str, torch.Tensor],
-    exported: dict[str, torch.Tensor],
-    tokens: torch.Tensor,
-) -> None:
-    """The adapters' gradients are what those of a model with merged weights amount to.
-
-    Args:
-        chunks: with adapters, as `exported`; whose values become their gradients.
-        merged: the same model without them.
-        weights: the base's.
-    """
-    for model in (chunks, merged):
-        for chunk in model:
-            chunk.zero_grad()
-        losses(model, tokens)[: tokens.numel()].sum().backward()
-    of_merged = published_gradients(merged[0])
-    for _, parameter in adapters(chunks):
-        parameter.data = parameter.grad
-    found = exported_adapters(bridge, chunks)
-    expected: dict[str, torch.Tensor] = {}
-    for name, weight in weights.items():
-        adapter = Adapter(exported, name)
-        if adapter.a is not None:
-            stem = name.removesuffix(".weight")
-            for part, gradient in adapter.gradients(weight, of_merged[name]).items():
-                expected[f"{stem}.{part}"] = gradient
-    assert expected.keys() == found.keys()
-    for name, gradient in found.items():
-        # What several published tensors, or all experts, have in common is trained by all.
-        same = [
-            other
-            for other in (expected if name.endswith("lora_A.weight") else [name])
-            if _layer(other) == _layer(name) and torch.equal(exported[other], exported[name])
-        ]
-        whole = sum(expected[other] for other in same)
-        if whole.dim() == 3 and torch.equal(exported[name][0], exported[name][1]):
-            whole = whole.sum(0, keepdim=True).expand_as(whole)
-        # Of a whole layer's gradients, sums of 48 tokens' in another order.
-        assert (gradient - whole).abs().max() < 1e-4 * whole.abs().max(), name
-
-
-def _layer(name: str) -> list[str]:
-    return name.split(".")[:3]
 
 
 def check_refused_without_a_choice(chunks: Chunks, folder: Path, out: Path) -> None:
@@ -344,7 +218,13 @@ def adapt(folder: str, out: str, gate_layout: str, fields: str, options: str, wi
         exported = exported_adapters(bridge, chunks)
         if kind == "canonical":
             check_checkpoint(chunks, exported, Path(out, "saved"))
-        check_gradients(bridge, chunks, merged, weights, exported, tokens)
+        for model in (chunks, merged):
+            model[0].zero_grad()
+            losses(model, tokens)[: tokens.numel()].sum().backward()
+        for _, parameter in adapters(chunks):
+            parameter.data = parameter.grad
+        found = exported_adapters(bridge, chunks)
+        check_gradients(found, published_gradients(merged[0]), weights, exported)
 
 
 def drop(folder: str) -> None:
@@ -474,6 +354,8 @@ def resume_one(bridge: AutoBridge, tokens: torch.Tensor, out: Path, peft: Any) -
     # Megatron-Bridge's wrappers leave their own names out of what they save, and load by them.
     with pytest.raises(RuntimeError, match=r"Missing key.*linear_qkv\.to_wrap\.weight"):
         resumed.load_state_dict(resumed.state_dict(), strict=True)
+    missing = resumed.load_state_dict(resumed.state_dict(), strict=False).missing_keys
+    assert {name.rpartition(".to_wrap.")[0] for name in missing} == {*adapted_modules([resumed])}
 
 
 def of_adapters(state: dict[str, Any]) -> dict[str, Any]:
