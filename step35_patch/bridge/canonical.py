@@ -74,7 +74,11 @@ class Step35CanonicalLoRA(CanonicalLoRA):
         asked = self.canonical_mapping[pattern]
         layout = _layout(m.config) if name == "linear_qkv" else None
         is_expert = is_expert_linear(full_name)
-        attributes = get_adapter_attributes_from_linear(m, is_expert=is_expert)
+        # What Transformer Engine's norm returns gathered has no gradient, so that the adapters
+        # gather their input themselves.
+        attributes = get_adapter_attributes_from_linear(
+            m, is_expert=is_expert, sequence_parallel_input_regather=True
+        )
         dim = align_expert_dim_for_tp(
             m,
             get_effective_lora_dim(

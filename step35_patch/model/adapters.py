@@ -89,9 +89,9 @@ def _problem(name: str, wrapper: Any) -> str | None:
     if hasattr(adapter, "weight_magnitude"):
         return _problem_of_dora(name, wrapper)
     if hasattr(adapter, "linear_in"):
-        return _problem_of_pair(adapter)
+        return _problem_of_pair(adapter, wrapper.to_wrap)
     if hasattr(wrapper, "joined"):
-        return next(filter(None, map(_problem_of_pair, adapter.values())), None)
+        return _problem_of_pair(next(iter(adapter.values())), wrapper.to_wrap)
     return (
         "another class, found Megatron-Bridge's CanonicalLoRA, which doesn't know the gate's rows; "
         "use step35_patch.bridge.Step35CanonicalLoRA"
@@ -114,7 +114,7 @@ def _problem_of_modelopt(name: str, config: TransformerConfig) -> str | None:
     return None
 
 
-def _problem_of_pair(adapter: Any) -> str | None:
+def _problem_of_pair(adapter: Any, layer: Any) -> str | None:
     if adapter.linear_in.weight.dim() != adapter.linear_out.weight.dim():
         return (
             "an adapter for all experts or one for each, found A or B alone shared by them "
@@ -123,12 +123,19 @@ def _problem_of_pair(adapter: Any) -> str | None:
         )
     if (ranks := _group(adapter).size()) == 1:
         return None
-    if adapter.is_expert and adapter.input_is_parallel:
+    if adapter.is_expert:
         return (
-            f"no adapter on routed experts' linear_fc2 with expert_tensor_parallel_size {ranks}, "
-            "where the ranks' outputs are summed later and Megatron-Bridge's adapter adds what is "
-            "no part of the sum; set expert_tensor_parallel_size to 1, or leave "
-            "'*.experts.*linear_fc2' out of target_modules"
+            f"no adapter on routed experts with expert_tensor_parallel_size {ranks}, where of the "
+            "gradients of linear_fc1's each rank has a part that Megatron-Bridge's adapter does "
+            "not sum, and linear_fc2's adds what is no part of the ranks' sum; set "
+            "expert_tensor_parallel_size to 1, or leave '*.experts.*' out of target_modules"
+        )
+    if getattr(layer, "return_layernorm_output_gathered", False):
+        return (
+            f"an adapter that gathers its input itself on {ranks} tensor-parallel ranks with "
+            "sequence_parallel, found one that takes it from Transformer Engine's norm "
+            "(return_layernorm_output_gathered), which gives the adapter's gradient to no layer "
+            "before it; set sequence_parallel_input_regather on LoRA"
         )
     if not adapter.base_linear_is_parallel and adapter.config.sequence_parallel:
         return (

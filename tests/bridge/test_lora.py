@@ -28,7 +28,10 @@ DENSE = [
 NOT_DENSE = ["moe.", "lm_head", "shared_head.output"]
 # What can have no adapters with sequence parallelism, and with expert-tensor parallelism.
 TARGETS = ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "eh_proj", "output_layer"]
-DENSE_FC2 = ["linear_qkv", "linear_proj", "linear_fc1", "*.mlp.linear_fc2", "*mtp_output_heads.*"]
+DENSE_TP = [*DENSE[:2], *DENSE[3:], "*mtp_output_heads.*"]
+NOT_DENSE_TP = ["moe.", "eh_proj", "lm_head"]
+# Without it Transformer Engine drops gradients.
+REGATHER = {"sequence_parallel_input_regather": True}
 # Processes, gate layout, fields of the provider, options of LoRA, what has no adapters.
 LAYOUTS = {
     "one process": (1, "headwise", {}, {}, []),
@@ -45,16 +48,16 @@ LAYOUTS = {
         2,
         "expanded",
         TP2 | {"expert_tensor_parallel_size": 2},
-        {"target_modules": DENSE_FC2},
-        ["moe.gate.", "moe.down_proj", "share_expert.down_proj", "eh_proj", "lm_head"],
+        REGATHER | {"target_modules": DENSE_TP},
+        NOT_DENSE_TP,
     ),
     "canonical, expanded": (1, "expanded", {}, {"kind": "canonical"}, []),
     "canonical, tp2": (
         2,
         "headwise",
         TP2,
-        {"kind": "canonical", "target_modules": TARGETS},
-        ["moe.gate.", "shared_head.output"],
+        {"kind": "canonical", "target_modules": DENSE_TP},
+        NOT_DENSE_TP,
     ),
     "dora": (1, "headwise", {}, {"kind": "dora", "target_modules": DENSE}, NOT_DENSE),
     "dora, pp2, expanded": (
@@ -74,7 +77,7 @@ LAYOUTS = {
             "expert_tensor_parallel_size": 1,
             "pipeline_model_parallel_size": 2,
         },
-        {"share_expert_adapters": False, "target_modules": TARGETS},
+        REGATHER | {"share_expert_adapters": False, "target_modules": TARGETS},
         ["moe.gate.", "shared_head.output"],
     ),
 }

@@ -51,12 +51,18 @@ QKV = ["linear_q", "linear_g", "linear_k", "linear_v"]
 APART = {"linear_qkv": QKV, "linear_fc1": ["linear_fc1_gate", "linear_fc1_up"]}
 
 
+def apart(name: str) -> list[str]:
+    """The targets of CanonicalLoRA in place of one of LoRA's."""
+    where, dot, last = name.rpartition(".")
+    return [where + dot + part for part in APART.get(last, [last])]
+
+
 def lora(
     target_modules: list[str] = EVERY_LINEAR, kind: str = "lora", **options: Any
 ) -> LoRA | DoRA | Step35CanonicalLoRA:
     """LoRA, CanonicalLoRA on the parts of the same layers, or DoRA."""
     if kind == "canonical":
-        target_modules = [part for name in target_modules for part in APART.get(name, [name])]
+        target_modules = [part for name in target_modules for part in apart(name)]
     made = {"lora": LoRA, "dora": DoRA, "canonical": Step35CanonicalLoRA}[kind]
     return made(target_modules=list(target_modules), dim=DIM, alpha=ALPHA, **options)
 
@@ -282,7 +288,8 @@ def refuse_places(folder: str) -> None:
     bridge, _ = provided(Path(folder), "headwise", fields)
     for place, message in (
         ({"target_modules": ["router"]}, "router: .*mix"),
-        ({"target_modules": ["linear_fc2"]}, r"expert_tensor_par.* to 1"),
+        ({"target_modules": ["*.experts.*.linear_fc1"]}, r"expert_tensor_par.* to 1"),
+        ({"target_modules": ["linear_qkv"]}, "linear_qkv: .*set sequence_parallel_input_reg"),
         (
             {"target_modules": ["linear_qkv"], "kind": "dora"},
             "linear_qkv: .*no DoRA with tensor_model_parallel_size 2",
