@@ -144,13 +144,27 @@ def layout_problems(args: Any, config: Step35Config, gate_layout: str) -> list[P
                 "Step-3.5 layers train and evaluate only",
             )
         )
-    problems += _parallel_size_problems(args, config)
-    problems += _low_precision_problems(args, config, gate_layout)
     if _is_packed(args):
         problems += _packing_problems(args)
+    if no_sizes := _no_sizes(args):  # nothing can be divided by them
+        return problems + no_sizes
+    problems += _parallel_size_problems(args, config)
+    problems += _low_precision_problems(args, config, gate_layout)
     if args.context_parallel_size > 1:
         problems += _context_parallel_problems(args, config)
     return problems
+
+
+def _no_sizes(args: Any) -> list[Problem]:
+    sizes = {
+        f"--{name}-parallel-size": getattr(args, f"{name.replace('-', '_')}_parallel_size")
+        for name in ("tensor-model", "pipeline-model", "context", "expert-model", "expert-tensor")
+    }
+    return [
+        Problem(option, "1 or more", f"{size}", "leave it out for 1")
+        for option, size in sizes.items()
+        if size is not None and size < 1  # Megatron's default of the last one is None
+    ]
 
 
 def installed_problems(args: Any) -> list[Problem]:

@@ -131,6 +131,7 @@ def test_all_problems_come_in_one_error(parse):
     ("words", "message"),
     [
         ("--context-parallel-size 2 --transformer-impl local", "no-create-attention-mask"),
+        ("--tensor-model-parallel-size 0", "--tensor-model-parallel-size: expected 1 or more"),
         ("--context-parallel-size 2", "--cp-comm-type: expected a2a or all_gather"),
         ("--context-parallel-size 4 --cp-comm-type a2a", "size = 1 x 4, .* use all_gather there"),
         (
