@@ -118,17 +118,24 @@ def check(
     if gpu_memory is not None and (problem := _memory_problem(report, gpu_memory)) is not None:
         report.problems.append(problem)
     if args.world_size:
-        activate(
-            config,
-            gate_layout=settings.gate_layout,
-            window=settings.window,
-            padded_logits=settings.padded_logits,
-        )
+        _make_active(settings)
         report.problems += upstream_problems(args, command.environment, flagged)
     if unread := [word for word in command.arguments if unknowns(word)]:
         words = ", ".join(dict.fromkeys(map(shown, unread)))
         report.notes.append(f"not known, and not looked at: {words}")
     return report
+
+
+def _make_active(settings: process.Settings) -> None:
+    """Let Megatron's own functions be this package's too, for this model."""
+    choices = settings.gate_layout, settings.window, settings.padded_logits
+    if process.enabled():  # with its wrappers in place, which takes a second
+        process.ask_for(settings.config, *choices)
+    else:
+        gate_layout, window, padded_logits = choices
+        activate(
+            settings.config, gate_layout=gate_layout, window=window, padded_logits=padded_logits
+        )
 
 
 def _settings(
