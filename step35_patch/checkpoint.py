@@ -101,8 +101,8 @@ def published_tensors_of(
         optimizer: of this model, by which its DistributedDataParallel is found if `model` is not
             wrapped in it.
         every_stage: send each stage's tensors to the others of its pipeline, one after the other.
-        adapters: of a model with LoRA adapters of Megatron-Bridge's: "merged", the tensors of the
-            adapted model, or "apart", those of the model without them.
+        adapters: of a model with adapters, Megatron-Bridge's or ModelOpt's: "merged", the tensors
+            of the adapted model, or "apart", those of the model without them.
 
     Yields:
         A name, and its tensor without padding: in the published shape and the parameter's own
@@ -191,8 +191,8 @@ def load_hf_weights(
         optimizer: what get_megatron_optimizer made of this model, if it has been called.
         accept_rounded_router_bias: see `step35_patch.convert.convert_to_megatron`.
         dequantize_fp8: the same.
-        adapters: of a model with LoRA adapters of Megatron-Bridge's: "apart", which fills the
-            weights and leaves the adapters as they are, whose products are added to them.
+        adapters: of a model with adapters, Megatron-Bridge's or ModelOpt's: "apart", which fills
+            the weights and leaves the adapters as they are, whose products are added to them.
 
     Raises:
         CheckpointError: the files are not that; everything wrong is listed, and no parameter has

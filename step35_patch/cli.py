@@ -24,11 +24,14 @@ class _Command(NamedTuple):
         help: In the list of commands.
         description: In its own help.
         wrong: What exit status 1 means; None if there is none.
+        takes_words: Whether it gets all that stands behind a first -- as `words`: a command line of
+            others, in which argparse would look for options.
     """
 
     help: str
     description: str
     wrong: str | None
+    takes_words: bool = False
 
 
 # By the names of the modules in `step35_patch.commands`.
@@ -50,6 +53,26 @@ _COMMANDS = {
         help="print Megatron's arguments for a config, ready for a launch script",
         description="Print the arguments of pretrain_gpt.py that describe a config's model.",
         wrong=None,
+    ),
+    "check": _Command(
+        help="hold a launch script against a config, before a GPU is booked",
+        description="Read a launch script or command without running it, and say everything that "
+        "is wrong with it.",
+        wrong="the launch has problems",
+        takes_words=True,
+    ),
+    "estimate": _Command(
+        help="memory, operations and messages of a parallel layout; search for layouts that fit",
+        description="Count what a run costs under a parallel layout: memory of each rank, "
+        "operations of a token, bytes sent in a step. Needs no GPU and no torch.",
+        wrong="the model does not fit into --gpu-memory, or cannot be laid out so",
+    ),
+    "rehearse": _Command(
+        help="start a launch script on this CPU with the model shrunk",
+        description="Start a launch command on this CPU, with fewer and smaller layers and fewer "
+        "ranks, save, and resume.",
+        wrong="the launch does not start",
+        takes_words=True,
     ),
     "convert": _Command(
         help="convert weights between the published layout and Megatron's, in little memory",
@@ -91,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "_ARGCOMPLETE" in os.environ:
         return _complete()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser(arguments).parse_args(arguments)
+    options = _options(arguments)
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -103,6 +126,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return status
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    chosen = next((word for word in arguments if word in _COMMANDS), None)
+    if chosen is None or not _COMMANDS[chosen].takes_words:
+        return _parser(arguments).parse_args(arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own, words = arguments[:end], arguments[end + 1 :]
+    return _parser(own).parse_args(own, argparse.Namespace(words=words))
 
 
 def _complete() -> int:

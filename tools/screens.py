@@ -67,6 +67,28 @@ SCREENS = {
         {"STEP35_PATCH": "1", "STEP35_CONFIG": "models/Step-3.5-Flash", "STEP35_WINDOW": "513"},
     ),
 }
+_SCRIPT = "tests/launch/scripts/arrays.sh"
+SCREENS |= {
+    "check": Screen(
+        ("check", CONFIG, "--script", _SCRIPT, "--gpu-memory", "110"),
+        "A launch script without a mistake, and how evenly its stages are loaded.",
+    ),
+    "check-wrong": Screen(
+        (
+            *("check", CONFIG, "--script", _SCRIPT, "--gpus", "32", "--"),
+            *("--globl-batch-size", "64", "--seq-length", "131080", "--num-layers", "48"),
+        ),
+        "The same script with arguments that are wrong.",
+    ),
+    "estimate": Screen(
+        (
+            *("estimate", CONFIG, "--pp", "8", "--cp", "8", "--ep", "8", "--etp", "1"),
+            *("--pipeline-layout", "Ett|(tt|)*21t|mmmL", "--seq-length", "131072"),
+            *("--optimizer", "muon", "--recompute", "full", "--gpu-memory", "80"),
+        ),
+        "What the authors' layout costs on 64 GPUs.",
+    ),
+}
 # The version of a Megatron-Core inside a repository would end in that repository's commit.
 ENVIRONMENT = {
     "HOME": str(ROOT),

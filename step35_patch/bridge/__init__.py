@@ -11,7 +11,8 @@ needs the extra `bridge`.
 """
 
 from step35_patch.bridge.adapter_folder import save_adapters
+from step35_patch.bridge.canonical import Step35CanonicalLoRA
 from step35_patch.bridge.conversion import Step35Bridge
 from step35_patch.bridge.provider import Step35BridgeProvider
 
-__all__ = ["Step35Bridge", "Step35BridgeProvider", "save_adapters"]
+__all__ = ["Step35Bridge", "Step35BridgeProvider", "Step35CanonicalLoRA", "save_adapters"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +28,16 @@ from step35_patch.tensors.table import tensor_table
 _PREFIX = "base_model.model."
 
 
-class _Pair(NamedTuple):
-    """A [r, in] and B [out, r]; of routed experts with all of them in a first dimension."""
+class _Part(NamedTuple):
+    """A [r, in] and B [out, r]; of routed experts with all of them in a first dimension.
+
+    Where its rows begin in the tensor that they are stored in, and DoRA's magnitudes [out].
+    """
 
     a: Tensor
     b: Tensor
+    first_row: int
+    lengths: Tensor | None
 
 
 class PeftTensors(NamedTuple):
@@ -61,7 +67,8 @@ def save_adapters(
         bridge: the AutoBridge of the model.
         model: its chunks, with adapters.
         path: a folder that does not exist yet.
-        peft: Megatron-Bridge's LoRA that made the adapters: its dim and alpha are written.
+        peft: Megatron-Bridge's LoRA or DoRA, or Step35CanonicalLoRA, that made the adapters: its
+            dim and alpha are written.
         without_mtp: leave the MTP layers' adapters out.
 
     Raises:
@@ -107,7 +114,8 @@ def peft_tensors(
     Raises:
         ValueError: as `save_adapters`.
     """
-    pairs: dict[str, list[_Pair]] = {}
+    parts: dict[str, list[_Part]] = {}
+    rows_of = {}
     parameters, of_mtp = [], []
     for row in tensor_table(config, "headwise"):
         for tensor in row.published:
@@ -117,11 +125,11 @@ def peft_tensors(
             if row.layer is not None and row.layer.is_mtp:
                 of_mtp.append(tensor.name)
                 continue
-            pair = _Pair(*(exported[f"{stem}.lora_{letter}.weight"] for letter in "AB"))
-            info = TensorInfo(tensor.name, tensor.shape, "F32")
-            name = transformers_place(info).name
-            # Of gate and up, in their order, one after the other.
-            pairs.setdefault(name, []).append(pair)
+            a, b = (exported[f"{stem}.lora_{letter}.weight"] for letter in "AB")
+            place = transformers_place(TensorInfo(tensor.name, tensor.shape, "F32"))
+            name, rows_of[place.name] = place.name, place.shape[-2]
+            lengths = exported.get(f"{stem}.lora_magnitude_vector")
+            parts.setdefault(name, []).append(_Part(a, b, place.first_row, lengths))
             if (row.is_expert or row.path == "mlp.router.weight") and name not in parameters:
                 parameters.append(name)
     if of_mtp and not without_mtp:
@@ -131,20 +139,23 @@ def peft_tensors(
             + "\n  ".join(of_mtp)
             + "\nSet it to leave them out, or export them by AutoBridge's export_adapter_weights."
         )
-    if not pairs:
+    if not parts:
         raise ValueError("model: expected LoRA adapters on its decoder layers, found none")
     state: dict[str, Tensor] = {}
     ranks = {}
-    for name, parts in pairs.items():
-        a, b = _packed(parts)
-        ranks[name if name in parameters else name.removesuffix(".weight")] = parts[0].a.shape[-2]
-        stem = _PREFIX + _module(name, pairs)
+    for name, found in parts.items():
+        a, b = _as_one(found, rows_of[name])
+        ranks[name if name in parameters else name.removesuffix(".weight")] = a.shape[-2]
+        a, b = _without_experts(a, b)
+        stem = _PREFIX + _module(name, parts)
         state |= {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+        if (lengths := found[0].lengths) is not None:
+            state[f"{stem}.lora_magnitude_vector"] = lengths
     modules = [name for name in ranks if name not in parameters]
     return PeftTensors(state, modules, parameters, ranks)
 
 
-def _module(name: str, adapted: dict[str, list[_Pair]]) -> str:
+def _module(name: str, adapted: Iterable[str]) -> str:
     """The module whose adapter PEFT calls a tensor's.
 
     Around a module with two adapted parameters it puts two wrappers, the first parameter's inside.
@@ -156,12 +167,31 @@ def _module(name: str, adapted: dict[str, list[_Pair]]) -> str:
     return f"{stem}.base_layer" if name != of_module[-1] else stem
 
 
-def _packed(parts: list[_Pair]) -> _Pair:
-    """One pair of what stands in one tensor, in two dimensions."""
-    a = parts[0].a
-    b = torch.cat([part.b for part in parts], dim=-2)
+def _as_one(parts: list[_Part], rows: int) -> tuple[Tensor, Tensor]:
+    """A and B of a stored tensor of some rows, in which adapted parts stand.
+
+    Parts with an A of their own each have their own columns of B, so that the rank is the sum of
+    theirs. PEFT divides alpha by it: each part's B is taken that much larger.
+    """
+    first = parts[0].a
+    if all(torch.equal(part.a, first) for part in parts):
+        a, times = first, 1.0
+    else:
+        a = torch.cat([part.a for part in parts], dim=-2)
+        times = a.shape[-2] / first.shape[-2]
+    b = parts[0].b.new_zeros(*parts[0].b.shape[:-2], rows, a.shape[-2])
+    column = 0
+    for part in parts:
+        rank, own = part.a.shape[-2], slice(part.first_row, part.first_row + part.b.shape[-2])
+        b[..., own, column : column + rank] = times * part.b
+        column += rank if a is not first else 0
+    return a, b
+
+
+def _without_experts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A pair in two dimensions, as PEFT has it."""
     if b.dim() == 2:
-        return _Pair(a.contiguous(), b.contiguous())
+        return a.contiguous(), b.contiguous()
     # Experts below each other in A; in B's columns the experts of one of r stand together.
     whole = a.expand(b.shape[0], -1, -1)
-    return _Pair(whole.flatten(0, 1).contiguous(), b.permute(1, 2, 0).flatten(1).contiguous())
+    return whole.flatten(0, 1).contiguous(), b.permute(1, 2, 0).flatten(1).contiguous()

@@ -1,4 +1,4 @@
-"""What a Step-3.5 model costs: operations of a batch, parameters and activations of a rank.
+"""Operations of a Step-3.5 model: of a batch, of a token, by part and by pipeline stage.
 
 Megatron's own reports assume one head count, full attention everywhere and one output matrix. Its
 conventions are kept otherwise: a multiply-add is two operations, backward costs twice the forward,
@@ -7,13 +7,11 @@ and causal attention counts the keys that a query sees. Nothing here needs torch
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.config.model import Step35Config, Window
+from step35_patch.costs.launch import Launch, Stage, layer_plans
 from step35_patch.settings import GATE_LAYOUTS
-from step35_patch.tensors.table import layer_rows, tensor_table
+from step35_patch.tensors.table import Row, layer_rows
 
 
 def _visible_keys(plan: LayerPlan, length: float) -> float:
@@ -28,7 +26,21 @@ def _visible_keys(plan: LayerPlan, length: float) -> float:
     return length / 2 if length <= window else window - window**2 / (2 * length)
 
 
-def training_flops(
+# What operations are counted for, in the order of a report.
+FLOP_PARTS = (
+    "attention_projections",
+    "full_attention",
+    "sliding_attention",
+    "dense_ffn",
+    "routers",
+    "routed_experts",
+    "shared_experts",
+    "mtp",
+    "output",
+)
+
+
+def flops_by_part(
     config: Step35Config,
     *,
     tokens: float,
@@ -36,10 +48,11 @@ def training_flops(
     vocab_size: int,
     mtp_layers: int,
     window: Window = "hf",
-) -> float:
-    """Operations of the forward and backward pass over a batch.
+) -> dict[str, float]:
+    """Operations of the forward and backward pass over a batch, by `FLOP_PARTS`.
 
-    The gate counts with one row a head in both layouts: the others are redundant work.
+    The gate counts with one row a head in both layouts: the others are redundant work. Under "mtp"
+    is all that the MTP layers do, their output matrices too; what is recomputed counts once.
 
     Args:
         config: the model.
@@ -51,112 +64,68 @@ def training_flops(
         window: convention of the sliding layers, as in `step35_patch.activate`.
     """
     length = squared_lengths / tokens
-    madds = float(config.hidden_size * vocab_size)
-    for plan in config.resolve(window)[: config.num_hidden_layers + mtp_layers]:
-        madds += 2 * plan.num_attention_heads * plan.kv_channels * _visible_keys(plan, length)
-        for row in layer_rows(config, plan, GATE_LAYOUTS[0]):
-            if row.is_vocabulary:
-                madds += config.hidden_size * vocab_size
-            elif row.is_expert:
-                madds += row.num_elements * (config.moe_top_k or 0) // row.shape[0]
-            elif len(row.shape) > 1:
-                madds += row.num_elements
-    return 2 * 3 * tokens * madds
+    total = dict.fromkeys(FLOP_PARTS, 0.0)
+    total["output"] = config.hidden_size * vocab_size
+    for plan in layer_plans(config, window)[: config.num_hidden_layers + mtp_layers]:
+        for part, count in _madds(config, plan, length).items():
+            total[part] += count
+        if plan.is_mtp:
+            total["mtp"] += config.hidden_size * vocab_size
+    return {part: 2 * 3 * tokens * count for part, count in total.items()}
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """Trained elements of a rank: those shared out by tensor parallelism, and the experts'."""
-
-    dense: int = 0
-    expert: int = 0
-
-    def __add__(self, other: Parameters) -> Parameters:
-        return Parameters(self.dense + other.dense, self.expert + other.expert)
-
-
-def stage_parameters(
-    config: Step35Config,
-    layers: Iterable[int],
-    *,
-    embedding: bool,
-    output_matrices: int,
-    mtp_layers: int,
-    vocab_size: int,
-    gate_layout: str = "headwise",
-    tensor: int = 1,
-    expert: int = 1,
-    expert_tensor: int = 1,
-) -> Parameters:
-    """The parameters of one rank of a pipeline stage. Router biases are no parameters, but buffers.
-
-    Args:
-        config: the model.
-        layers: absolute indices of the stage's decoder layers.
-        embedding: whether it is the first stage. One with MTP layers has a copy of the embedding.
-        output_matrices: on the last stage one and one for each MTP layer, wherever those are; 0 on
-            the others.
-        mtp_layers: MTP layers on this stage.
-        vocab_size: rows of the embedding and of an output matrix, padding included.
-        gate_layout: "headwise" or "expanded".
-        tensor: tensor-parallel size.
-        expert: expert-parallel size.
-        expert_tensor: tensor-parallel size of the routed experts.
-    """
-    first_mtp = config.num_hidden_layers
-    indices = {*layers, *range(first_mtp, first_mtp + mtp_layers)}
-    vocabulary = vocab_size // tensor * config.hidden_size
-    dense = vocabulary * ((embedding or mtp_layers > 0) + output_matrices)
-    experts = 0
-    for row in tensor_table(config, gate_layout):
-        if row.is_vocabulary or row.is_fp32:
-            continue
-        # Outside the layers there is the final norm, which follows the last of the decoder's.
-        if (first_mtp - 1 if row.layer is None else row.layer.index) not in indices:
-            continue
-        own = row.elements_on_rank(tensor=tensor, expert=expert, expert_tensor=expert_tensor)
+def _madds(config: Step35Config, plan: LayerPlan, length: float) -> dict[str, float]:
+    """Multiply-adds of a layer's forward pass for a token, without an output matrix."""
+    madds = dict.fromkeys(FLOP_PARTS, 0.0)
+    scores = "full_attention" if plan.window_size is None else "sliding_attention"
+    scored = 2 * plan.num_attention_heads * plan.kv_channels * _visible_keys(plan, length)
+    madds["mtp" if plan.is_mtp else scores] += scored
+    for row in layer_rows(config, plan, GATE_LAYOUTS[0]):
+        part = "mtp" if plan.is_mtp else _part(row)
         if row.is_expert:
-            experts += own
-        else:
-            dense += own
-    return Parameters(dense, experts)
+            madds[part] += row.num_elements * (config.moe_top_k or 0) // row.shape[0]
+        elif len(row.shape) > 1 and not row.is_vocabulary:
+            madds[part] += row.num_elements
+    return madds
 
 
-def layer_activation_bytes(
+def stage_flops(config: Step35Config, launch: Launch, stage: Stage) -> float:
+    """Operations of a token, forward and backward, on all ranks of one stage together."""
+    plans = layer_plans(config, launch.window)
+    madds = sum(
+        sum(_madds(config, plans[index], launch.seq_length).values()) for index in stage.layers
+    )
+    outputs = (1 + launch.mtp_num_layers) * stage.output
+    return 2 * 3 * (madds + outputs * config.hidden_size * launch.padded_vocab_size)
+
+
+def _part(row: Row) -> str:
+    """Of a decoder layer's matrix."""
+    if row.is_expert:
+        return "routed_experts"
+    if ".self_attention." in row.key:
+        return "attention_projections"
+    if ".shared_experts." in row.key:
+        return "shared_experts"
+    return "routers" if ".router." in row.key else "dense_ffn"
+
+
+def training_flops(
     config: Step35Config,
-    plan: LayerPlan,
-    tokens: int,
     *,
-    tensor: int = 1,
-    expert_tensor: int = 1,
-    sequence_parallel: bool = True,
+    tokens: float,
+    squared_lengths: float,
+    vocab_size: int,
+    mtp_layers: int,
+    window: Window = "hf",
 ) -> float:
-    """Bytes in bf16 that a rank keeps of one layer for its backward, without recomputation.
-
-    In the manner of table 2 of Korthikanti et al. 2022 (arXiv 2205.05198) with the layer's own
-    shapes: inputs of norms and matrix products, q and k before and after their norms, the
-    attention's output before and after its gate, SwiGLU's input and output. Attention keeps no
-    scores, as with fused kernels. Routed tokens are taken to be even over the ranks.
-
-    Args:
-        config: the model.
-        plan: the layer.
-        tokens: of a micro-batch, on one context-parallel rank.
-        tensor: tensor-parallel size.
-        expert_tensor: tensor-parallel size of the routed experts.
-        sequence_parallel: whether the layer's and its norms' inputs are divided too.
-    """
-    hidden = config.hidden_size
-    queries = plan.num_attention_heads * plan.kv_channels
-    keys = plan.num_query_groups * plan.kv_channels
-    # Of an MTP layer besides: of both norms, twice of eh_proj, and of the last norm.
-    inputs = (9 if plan.is_mtp else 4) * hidden
-    elements = 4 * queries + 3 * keys
-    if plan.is_moe:
-        # Each rank of an expert-tensor-parallel group gathers all tokens of the group.
-        routed = expert_tensor * hidden + 3 * (config.moe_intermediate_size or 0)
-        elements += (config.moe_top_k or 0) * routed + 3 * (config.share_expert_dim or 0)
-    else:
-        elements += 3 * config.intermediate_size
-    split = elements / tensor
-    return 2 * tokens * (split + inputs / (tensor if sequence_parallel else 1))
+    """Operations of the forward and backward pass over a batch: the sum of `flops_by_part`."""
+    parts = flops_by_part(
+        config,
+        tokens=tokens,
+        squared_lengths=squared_lengths,
+        vocab_size=vocab_size,
+        mtp_layers=mtp_layers,
+        window=window,
+    )
+    return sum(parts.values())

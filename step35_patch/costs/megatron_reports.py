@@ -6,19 +6,16 @@ arguments, from which each pipeline stage's layers are worked out; no process gr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from step35_patch.costs.accounting import (
-    Parameters,
-    layer_activation_bytes,
-    stage_parameters,
-    training_flops,
-)
+from step35_patch.costs.accounting import training_flops
+from step35_patch.costs.estimate import peak_activations, weights_of_rank, whole_model
+from step35_patch.costs.launch import Stage, from_arguments, stages
+from step35_patch.costs.optimizer_state import model_bytes
+from step35_patch.costs.schedule import held
+from step35_patch.costs.weights import Parameters, stage_weights
 from step35_patch.model.description import Step35Runtime
-
-if TYPE_CHECKING:
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
 _MEGABYTE = 1024**2
 
@@ -56,99 +53,18 @@ def num_floating_point_operations(
     )
 
 
-@dataclass(frozen=True)
-class _Stage:
-    """What one pipeline stage has of the model.
-
-    Attributes:
-        chunks: absolute indices of its decoder layers, by virtual stage.
-        mtp_layers: MTP layers behind those of its last virtual stage.
-        is_first: whether it has the embedding.
-        is_last: whether it has the output layer, and the MTP layers' own output matrices.
-    """
-
-    chunks: tuple[tuple[int, ...], ...]
-    mtp_layers: int
-    is_first: bool
-    is_last: bool
-
-
-def _core_config(args: Any) -> TransformerConfig:
-    from megatron.training.arguments import core_transformer_config_from_args
-
-    return core_transformer_config_from_args(args)
-
-
-def _stages(core: TransformerConfig) -> list[_Stage]:
-    """The pipeline's stages, as Megatron-Core divides the layers."""
-    size = core.pipeline_model_parallel_size
-    layout, stages = core.pipeline_model_parallel_layout, []
-    for stage in range(size):
-        is_last = stage == size - 1
-        if layout is None:
-            chunks, mtp_layers = _even_chunks(core, stage), is_last * (core.mtp_num_layers or 0)
-        else:
-            chunks, mtp_layers = _custom_chunks(layout.layout, stage)
-        stages.append(_Stage(chunks, mtp_layers, is_first=stage == 0, is_last=is_last))
-    return stages
-
-
-def _even_chunks(core: TransformerConfig, stage: int) -> tuple[tuple[int, ...], ...]:
-    from megatron.core.transformer.transformer_block import get_num_layers_to_build
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-    virtual = core.virtual_pipeline_model_parallel_size
-    chunks = []
-    for vp_stage in [None] if virtual is None else range(virtual):
-        first = get_transformer_layer_offset(core, vp_stage, stage)
-        chunks.append(tuple(range(first, first + get_num_layers_to_build(core, vp_stage, stage))))
-    return tuple(chunks)
-
-
-def _custom_chunks(
-    layout: list[list[list[Any]]], stage: int
-) -> tuple[tuple[tuple[int, ...], ...], int]:
-    """Of --pipeline-model-parallel-layout, by stage and virtual stage.
-
-    Its own counting functions ask the process groups whether there are virtual stages.
-    """
-    from megatron.core.transformer.enums import LayerType
-
-    first, chunks = 0, []
-    for vp_stage in range(len(layout[0])):
-        for of_stage, parts in enumerate(layout):
-            count = parts[vp_stage].count(LayerType.decoder)
-            if of_stage == stage:
-                chunks.append(tuple(range(first, first + count)))
-            first += count
-    return tuple(chunks), sum(part.count(LayerType.mtp) for part in layout[stage])
-
-
-def _parameters(runtime: Step35Runtime, args: Any, stage: _Stage, **parallel: int) -> Parameters:
-    return stage_parameters(
-        runtime.config,
-        [index for chunk in stage.chunks for index in chunk],
-        embedding=stage.is_first,
-        output_matrices=stage.is_last * (1 + (args.mtp_num_layers or 0)),
-        mtp_layers=stage.mtp_layers,
-        vocab_size=args.padded_vocab_size,
-        gate_layout=runtime.gate_layout,
-        **parallel,
-    )
-
-
 def rank_parameters(runtime: Step35Runtime, args: Any) -> list[Parameters]:
     """The parameters of a rank of each pipeline stage, under Megatron's arguments.
 
     Router biases are buffers, and not counted. What is whole on every tensor-parallel rank (norms,
-    routers) counts on each; the stage with the MTP layers has a copy of the embedding.
+    routers) counts on each; a stage with the MTP layers has a copy of the embedding.
     """
-    parallel = {
-        "tensor": args.tensor_model_parallel_size,
-        "expert": args.expert_model_parallel_size,
-        "expert_tensor": args.expert_tensor_parallel_size,
-    }
-    return [_parameters(runtime, args, stage, **parallel) for stage in _stages(_core_config(args))]
+    launch = from_arguments(args)
+    found = stages(launch)
+    return [
+        Parameters.of(weights_of_rank(runtime.config, launch, found, pp))
+        for pp in range(launch.pipeline_model_parallel_size)
+    ]
 
 
 class _WithoutMtp(list[int]):
@@ -177,75 +93,49 @@ def leave_mtp_layers_out(call: dict[str, Any]) -> None:
 def compute_weight_and_optimizer_memory(
     runtime: Step35Runtime, args: Any, verbose: bool = False
 ) -> float:
-    """Bytes of weights, gradients and optimizer state of the most loaded rank.
-
-    Megatron's bytes a parameter: 18, or with the distributed optimizer 6 and 12 over the ranks
-    that share its state. These are the data- and context-parallel ones, and for the experts
-    all ranks of a pipeline stage that have the same ones.
-    """
-    experts_over = args.expert_tensor_parallel_size * args.expert_model_parallel_size
-
-    def size(replicas: int) -> float:
-        return 6 + 12 / replicas if args.use_distributed_optimizer else 18
-
-    dense_size = size(args.data_parallel_size * args.context_parallel_size)
-    expert_size = size(args.world_size // (args.pipeline_model_parallel_size * experts_over))
-    stages = rank_parameters(runtime, args)
-    sizes = [p.dense * dense_size + p.expert * expert_size for p in stages]
+    """Bytes of weights, gradients and optimizer state of the most loaded rank (`model_bytes`)."""
+    launch = from_arguments(args)
+    found, sizes, ranks = stages(launch), [], []
+    for pp in range(launch.pipeline_model_parallel_size):
+        weights = list(weights_of_rank(runtime.config, launch, found, pp))
+        ranks.append(Parameters.of(weights))
+        sizes.append(sum(model_bytes(weights, launch)))
     if verbose:
         _print_totals(runtime, args)
-        most = stages[sizes.index(max(sizes))]
-        print(
-            "Number of parameters in most loaded shard in billions: "
-            f"{(most.dense + most.expert) / 1e9:.4f}"
-        )
-        for stage, (parameters, bytes_) in enumerate(zip(stages, sizes, strict=True)):
+        most = ranks[sizes.index(max(sizes))]
+        print(f"Number of parameters in most loaded shard in billions: {most.total / 1e9:.4f}")
+        for pp, (parameters, size) in enumerate(zip(ranks, sizes, strict=True)):
             print(
-                f"Step-3.5 pipeline stage {stage}: {parameters.dense / 1e9:.4f} B parameters and "
-                f"{parameters.expert / 1e9:.4f} B of experts on a rank, {bytes_ / _MEGABYTE:.1f} MB"
+                f"Step-3.5 pipeline stage {pp}: {parameters.dense / 1e9:.4f} B parameters and "
+                f"{parameters.expert / 1e9:.4f} B of experts on a rank, {size / _MEGABYTE:.1f} MB"
             )
-    return max(sizes)
+    return float(max(sizes))
 
 
 def _print_totals(runtime: Step35Runtime, args: Any) -> None:
     """The model's parameters, in the words of Megatron's report."""
-    config, mtp_layers = runtime.config, args.mtp_num_layers or 0
-    layers = (tuple(range(config.num_hidden_layers)),)
-    block = _parameters(runtime, args, _Stage(layers, 0, is_first=False, is_last=False))
-    model = _parameters(runtime, args, _Stage(layers, mtp_layers, is_first=True, is_last=True))
-    embeddings = (2 + mtp_layers) * args.padded_vocab_size * config.hidden_size
-    total, in_block = model.dense + model.expert, block.dense + block.expert
+    config, launch = runtime.config, whole_model(from_arguments(args))
+    mtp_layers = launch.mtp_num_layers
+    [stage] = stages(launch)
+    of_block = Stage(pp=0, decoder_layers=stage.decoder_layers)
+    model = Parameters.of(stage_weights(config, launch, stage))
+    block = Parameters.of(stage_weights(config, launch, of_block))
+    embeddings = (2 + mtp_layers) * launch.padded_vocab_size * config.hidden_size
     idle = 0
     if config.moe_num_experts and config.moe_top_k:
         idle = block.expert - block.expert * config.moe_top_k // config.moe_num_experts
     lines = {
-        "Number of parameters in transformer block": in_block,
-        "Number of active parameters in transformer block": in_block - idle,
-        "Number of parameters in mtp block": total - in_block - embeddings,
+        "Number of parameters in transformer block": block.total,
+        "Number of active parameters in transformer block": block.total - idle,
+        "Number of parameters in mtp block": model.total - block.total - embeddings,
         "Number of parameters in embedding layers": embeddings,
-        "Total number of parameters": total,
-        "Total number of active parameters": total - idle,
+        "Total number of parameters": model.total,
+        "Total number of active parameters": model.total - idle,
     }
     if not mtp_layers:
         del lines["Number of parameters in mtp block"]
     for text, number in lines.items():
         print(f"{text} in billions: {number / 1e9:.2f}")
-
-
-def _micro_batches_held(core: TransformerConfig, stage: int, num_microbatches: int | None) -> float:
-    """Forward passes that a stage has done ahead of their backward, in micro-batches, at most.
-
-    Megatron-Core's schedules do one for each stage behind it before the first backward; the
-    interleaved one, which counts by virtual stage, two, and a group for each of the other chunks.
-    """
-    behind = core.pipeline_model_parallel_size - 1 - stage
-    chunks = core.virtual_pipeline_model_parallel_size or 1
-    held: int = behind + 1
-    if chunks > 1:
-        held = 2 * behind + (chunks - 1) * core.microbatch_group_size_per_vp_stage + 1
-    if num_microbatches is not None:
-        held = min(held, chunks * num_microbatches)
-    return float(held / chunks)
 
 
 def compute_activation_memory(
@@ -254,12 +144,10 @@ def compute_activation_memory(
     num_microbatches: int | None,
     verbose: bool = False,
 ) -> float:
-    """Bytes of activations of the most loaded rank at the peak of the schedule, in bf16.
+    """Bytes of activations of the most loaded rank at the peak of the schedule.
 
-    Of fused kernels, as in Megatron's formula: the layers on torch (--transformer-impl local) keep
-    up to 2.5 times as much, most of it copies in fp32 around norms and intermediate results of
-    SwiGLU. Full recomputation keeps the inputs of what is recomputed; selective recomputation
-    counts as none, which is exact for core_attn and too much for other modules.
+    Counted as by `step35-patch estimate`: by what Transformer Engine's modules keep with fused
+    attention, or those of the local implementation on a CPU.
 
     Args:
         runtime: the model.
@@ -267,51 +155,19 @@ def compute_activation_memory(
         num_microbatches: of an iteration; None: enough to fill the pipeline.
         verbose: print each stage's share.
     """
-    core = _core_config(args)
-    tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
-    stages, tensor = _stages(core), args.tensor_model_parallel_size
-    sizes: list[float] = []
-    for number, stage in enumerate(stages):
-        held = _micro_batches_held(core, number, num_microbatches)
-        size = held * _stage_bytes(runtime, args, stage, tokens)
-        if stage.is_last:  # one micro-batch's logits, and their softmax in fp32
-            outputs = 1 + (args.mtp_num_layers or 0)
-            size += outputs * tokens * args.padded_vocab_size * (2 + 4) / tensor
-        sizes.append(size)
+    launch = from_arguments(args)
+    if num_microbatches is None:
+        # No stage is further ahead than two micro-batches for each that is behind it.
+        num_microbatches = 3 * launch.pipeline_model_parallel_size
+    batch = num_microbatches * launch.micro_batch_size * launch.data_parallel_size
+    launch = replace(launch, global_batch_size=batch)
+    found, sizes = stages(launch), []
+    for pp in range(launch.pipeline_model_parallel_size):
+        own = tuple(stage for stage in found if stage.pp == pp)
+        sizes.append(peak_activations(runtime.config, launch, own))
         if verbose:
             print(
-                f"Step-3.5 pipeline stage {number}: {held:.2f} micro-batches in flight, "
-                f"{size / _MEGABYTE:.1f} MB of activations"
+                f"Step-3.5 pipeline stage {pp}: {held(launch, pp):.2f} micro-batches in flight, "
+                f"{sizes[-1] / _MEGABYTE:.1f} MB of activations"
             )
     return max(sizes)
-
-
-def _stage_bytes(runtime: Step35Runtime, args: Any, stage: _Stage, tokens: int) -> float:
-    """What a rank of a stage keeps of the layers for the backward of a micro-batch of `tokens`."""
-    config = runtime.config
-
-    def layer(index: int) -> float:
-        return layer_activation_bytes(
-            config,
-            runtime.layers[index],
-            tokens,
-            tensor=args.tensor_model_parallel_size,
-            expert_tensor=args.expert_tensor_parallel_size,
-            sequence_parallel=args.sequence_parallel,
-        )
-
-    first_mtp = config.num_hidden_layers
-    mtp = [layer(index) for index in range(first_mtp, first_mtp + stage.mtp_layers)]
-    chunks = [[layer(index) for index in chunk] for chunk in stage.chunks]
-    if args.recompute_granularity != "full":
-        return sum(map(sum, chunks)) + sum(mtp)
-    layer_input: float = 2 * tokens * config.hidden_size
-    if args.sequence_parallel:
-        layer_input /= args.tensor_model_parallel_size
-    group: int = args.recompute_num_layers
-    if args.recompute_method == "uniform":  # of each group of layers, its input
-        inputs = sum(-(-len(chunk) // group) for chunk in chunks)
-        return (inputs + len(mtp)) * layer_input
-    # "block": each chunk's first layers; of MTP layers Megatron-Core recomputes none then.
-    inputs = sum(min(group, len(chunk)) for chunk in chunks)
-    return inputs * layer_input + sum(sum(chunk[group:]) for chunk in chunks) + sum(mtp)

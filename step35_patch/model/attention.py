@@ -29,7 +29,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from step35_patch.model.adapters import base_of
+from step35_patch.model.adapters import base_of, by_rows_of
 from step35_patch.model.description import LayerConfig
 from step35_patch.model.generation import (
     StaticContext,
@@ -130,13 +130,9 @@ class Step35SelfAttention(SelfAttention):
             rows.copy_(rows[:, :, :1].clone().expand_as(rows))
 
     def _with_gate_rows(self) -> list[Tensor]:
-        """linear_qkv's matrix and the B of a LoRA adapter around it, which has the same rows."""
+        """linear_qkv's matrix, and what of an adapter around it has the same rows."""
         # Through .data: micro-batches in flight hold the weight, and none uses the other rows.
-        matrices = [base_of(self.linear_qkv).weight.data]
-        adapter: Any = getattr(self.linear_qkv, "adapter", None)
-        if hasattr(adapter, "linear_out"):
-            matrices.append(adapter.linear_out.weight.data)
-        return matrices
+        return [base_of(self.linear_qkv).weight.data, *by_rows_of(self.linear_qkv)]
 
     def check_gate_rows(self) -> None:
         """Refuse weights of an `expanded` gate whose rows of a head differ.
@@ -146,8 +142,8 @@ class Step35SelfAttention(SelfAttention):
                 own gate.
         """
         name = f"layer {self.config.step35_layer.index}: linear_qkv"
-        for matrix, whose in zip(self._with_gate_rows(), ("", "'s adapter"), strict=False):
-            refuse_drift(self.tied_gate_rows(matrix), name + whose)
+        for position, matrix in enumerate(self._with_gate_rows()):
+            refuse_drift(self.tied_gate_rows(matrix), name + "'s adapter" * (position > 0))
 
     def sharded_state_dict(
         self,

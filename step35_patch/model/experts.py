@@ -27,7 +27,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDisp
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from step35_patch.model.adapters import base_of
+from step35_patch.model.adapters import base_of, of_modelopt
 from step35_patch.model.description import LayerConfig
 from step35_patch.model.swiglu import weighted_swiglu, weighted_swiglu_gradients
 
@@ -122,7 +122,7 @@ class Step35SequentialMLP(SequentialMLP):
         may have a dropout.
         """
         return any(
-            base_of(layer) is not layer
+            base_of(layer) is not layer or of_modelopt(layer)
             for expert in self.local_experts
             for layer in (expert.linear_fc1, expert.linear_fc2)
         ) or any(

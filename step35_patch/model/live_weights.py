@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from step35_patch.model.adapters import ADAPTER, base_of
+from step35_patch.model.adapters import adapter_parameters, base_of
 from step35_patch.model.description import Step35Runtime
 from step35_patch.model.layer import Step35DecoderLayer
 from step35_patch.tensors.published import Weights
@@ -257,11 +257,9 @@ def _expert_weight(experts: Any, linear: str, position: int) -> Tensor:
 def _check_covered(model: torch.nn.Module, entries: list[Entry], *, beside_adapters: bool) -> None:
     """Every parameter and router bias must have an entry: none may keep its random start."""
     known = {id(entry.parameter) for entry in entries}
-    forgotten = [
-        name
-        for name, value in model.named_parameters()
-        if id(value) not in known and not (beside_adapters and ADAPTER in name)
-    ]
+    if beside_adapters:
+        known |= {id(parameter) for parameter in adapter_parameters(model)}
+    forgotten = [name for name, value in model.named_parameters() if id(value) not in known]
     if forgotten:
         raise ValueError(
             "parameters of the model that the published layout does not have:\n  "

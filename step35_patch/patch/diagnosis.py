@@ -181,7 +181,10 @@ def _config(found: Diagnosis, path: str | None) -> bool:
         return False
     accepted = os.environ.get("STEP35_ACCEPT_CHANGED", "").split(",")
     names = [name.strip() for name in accepted if name.strip()]
-    found.problems += map(_problem, not_acceptable(names, "STEP35_ACCEPT_CHANGED"))
+    found.problems += [
+        ConfigProblem(wrong.argument, wrong.expected, wrong.found, wrong.fix)
+        for wrong in not_acceptable(names, "STEP35_ACCEPT_CHANGED")
+    ]
     if not path:
         return True
     try:

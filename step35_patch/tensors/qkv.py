@@ -36,8 +36,10 @@ def pack_qkv(
     return join_rows(q, g, k, v, QkvLayout.of(plan, gate_layout))
 
 
-def join_rows(q: Tensor, g: Tensor | None, k: Tensor, v: Tensor, layout: QkvLayout) -> Tensor:
-    """A linear_qkv weight, whole or a rank's; inverse of `split_rows`.
+def join_rows(
+    q: Tensor, g: Tensor | None, k: Tensor, v: Tensor, layout: QkvLayout, dim: int = 0
+) -> Tensor:
+    """A linear_qkv weight, whole or a rank's, or its output; inverse of `split_rows`.
 
     Args:
         q: [groups * heads a group * d, h].
@@ -45,16 +47,17 @@ def join_rows(q: Tensor, g: Tensor | None, k: Tensor, v: Tensor, layout: QkvLayo
         k: [groups * d, h].
         v: as k.
         layout: of that many groups.
+        dim: where the rows are; the last dimension of an output.
 
     Returns:
         [rows, h] in the dtype of q.
     """
-    hidden = q.shape[-1]
     parts = [q, k, v]
     if g is not None:
-        parts.insert(1, g.repeat_interleave(layout.gate_rows, dim=0))
-    by_group = [part.view(layout.groups, -1, hidden) for part in parts]
-    return torch.cat(by_group, dim=1).reshape(-1, hidden)
+        parts.insert(1, g.repeat_interleave(layout.gate_rows, dim=dim))
+    by_group = [part.unflatten(dim, (layout.groups, -1)) for part in parts]
+    rows = dim % q.dim()
+    return torch.cat(by_group, dim=rows + 1).flatten(rows, rows + 1)
 
 
 def split_rows(weight: Tensor, layout: QkvLayout) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

@@ -58,11 +58,24 @@ def test_layouts_train_alike(bridge_ranks, published, trained, tmp_path):
         assert [float(value) for value in values] == pytest.approx(expected, rel=2e-4)
 
 
+@pytest.fixture(scope="module")
+def begun(bridge_ranks, published, tmp_path_factory):
+    """By gate layout: the checkpoint of a run's first two iterations, and their losses."""
+    found = {}
+    for gate_layout in ("headwise", "expanded"):
+        folder = tmp_path_factory.mktemp(gate_layout)
+        ended = train(bridge_ranks, published, folder, iterations=2, gate_layout=gate_layout)
+        found[gate_layout] = folder, losses(ended)
+    return found
+
+
 @pytest.mark.parametrize("gate_layout", ["headwise", "expanded"])
-def test_a_run_goes_on_from_its_checkpoint(bridge_ranks, published, trained, tmp_path, gate_layout):
-    options = {"gate_layout": gate_layout}
-    first = losses(train(bridge_ranks, published, tmp_path, iterations=2, **options))
-    second = losses(train(bridge_ranks, published, tmp_path, **options))
+def test_a_run_goes_on_from_its_checkpoint(
+    bridge_ranks, published, trained, begun, tmp_path, gate_layout
+):
+    folder, first = begun[gate_layout]
+    checkpoint = shutil.copytree(folder, tmp_path / "checkpoint")
+    second = losses(train(bridge_ranks, published, checkpoint, gate_layout=gate_layout))
     assert [*first, *second] == [1, 2, 3, 4]
     if gate_layout == "headwise":
         assert first | second == trained[1]
@@ -82,16 +95,37 @@ def test_finetuning_begins_with_a_checkpoints_weights(bridge_ranks, published, t
     assert float(found[1][0]) < float(trained[1][1][0])
 
 
-def test_adapters_are_trained_and_resumed(bridge_ranks, published, trained, tmp_path):
+ATTENTION = ["linear_qkv", "linear_proj"]
+APART = [*(f"linear_{part}" for part in "qgkv"), "linear_fc1_gate", "linear_fc1_up"]
+
+
+@pytest.mark.parametrize(
+    ("gate_layout", "kind", "layers"),
+    [
+        ("headwise", "LoRA", [*ATTENTION, "linear_fc1", "linear_fc2", "output_layer"]),
+        ("expanded", "LoRA", ATTENTION),
+        ("headwise", "Step35CanonicalLoRA", APART),
+        ("headwise", "DoRA", ATTENTION),
+    ],
+)
+def test_adapters_are_trained_and_resumed(
+    bridge_ranks, published, trained, begun, tmp_path, gate_layout, kind, layers
+):
+    pretrained = {"headwise": trained[0], "expanded": begun["expanded"][0]}[gate_layout]
     options = {
-        "pretrained": str(trained[0]),
-        "lora": ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"],
-        "gate_layout": "headwise",
+        "pretrained": str(pretrained),
+        "adapters": [kind, layers],
+        "gate_layout": gate_layout,
     }
-    whole = losses(train(bridge_ranks, published, tmp_path / "whole", **options))
-    first = losses(train(bridge_ranks, published, tmp_path / "two", iterations=2, **options))
-    second = losses(train(bridge_ranks, published, tmp_path / "two", **options))
-    assert [*first, *second] == [1, 2, 3, 4] and first | second == whole
+    whole = losses(train(bridge_ranks, published, tmp_path, **options))
+    # As if it had ended after the second iteration.
+    shutil.rmtree(tmp_path / "iter_0000004")
+    latest = tmp_path / "latest_checkpointed_iteration.txt"
+    assert latest.read_text() == "4"
+    latest.write_text("2")
+    again = losses(train(bridge_ranks, published, tmp_path, **options))
+    assert [*whole] == [1, 2, 3, 4]
+    assert again == {iteration: whole[iteration] for iteration in (3, 4)}
     # It begins where the pretrained weights are, and gets on.
     assert float(whole[1][0]) < float(trained[1][1][0])
     assert whole[4] != trained[1][4]
@@ -110,6 +144,19 @@ def test_a_checkpoint_of_another_model_is_refused(bridge_ranks, published, train
     ended = train(bridge_ranks, other, checkpoint)
     assert ended.statuses == [1]
     assert re.search(r"swiglu_limits_shared: .* in the checkpoint, .* in this run", ended.text)
+
+    accepted = {"accept_changed": ["swiglu_limits_shared"]}
+    ended = train(bridge_ranks, other, checkpoint, fields=accepted)
+    assert ended.statuses == [0], ended.text[-6000:]
+    assert re.search(r"another config, as accepted:\n +swiglu_limits_shared: ", ended.text)
+
+
+def test_ranks_that_disagree_are_refused(bridge_ranks, published, tmp_path):
+    two = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    other = {"window": "steptron"}
+    ended = train(bridge_ranks, published, tmp_path, 2, fields=two, fields_of_rank_1=other)
+    assert any(ended.statuses)
+    assert "window: hf on rank(s) 0, steptron on rank(s) 1" in ended.text
 
 
 def test_what_is_exported_is_what_was_trained(bridge_ranks, published, trained, tmp_path):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from support.ours import build, run
 from support.reference import (
-    FULL,
     Reference,
     random_tokens,
     random_weights,
@@ -22,12 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import step35_patch
 from step35_patch import Step35Config
 from step35_patch.config import packaged_config_path
-from step35_patch.costs.accounting import (
-    Parameters,
-    layer_activation_bytes,
-    stage_parameters,
-    training_flops,
-)
+from step35_patch.costs.accounting import flops_by_part, stage_flops, training_flops
+from step35_patch.costs.estimate import total_parameters, weights_of_rank
+from step35_patch.costs.launch import Launch, stages
+from step35_patch.costs.weights import Parameters, stage_weights
 
 pytestmark = pytest.mark.megatron
 
@@ -78,20 +75,52 @@ def test_published_model_costs_what_is_active(published):
     assert 10.5e9 < flops / 6 < 11.5e9
 
 
+def test_operations_by_part_and_by_stage(published):
+    """By hand, of one token of a sequence of 8192; stages and parts add up to the same."""
+    parts = flops_by_part(
+        published, tokens=1, squared_lengths=8192, vocab_size=128896, mtp_layers=3
+    )
+    heads = 128 * 4096 * 2  # of a channel: into and out of attention
+    full, sliding = 12 * 64, 33 * 96
+    groups = 45 * 2 * 8 * 128 * 4096
+    gates = (full + sliding) * 4096
+    expected = {
+        "attention_projections": (full + sliding) * heads + groups + gates,
+        "full_attention": full * 2 * 128 * 4096,
+        "sliding_attention": sliding * 2 * 128 * (512 - 512**2 / (2 * 8192)),
+        "dense_ffn": 3 * 3 * 4096 * 11264,
+        "routers": 42 * 288 * 4096,
+        "routed_experts": 42 * 8 * 3 * 4096 * 1280,
+        "shared_experts": 42 * 3 * 4096 * 1280,
+        "output": 128896 * 4096,
+    }
+    mtp = parts.pop("mtp")
+    assert parts == {part: 6 * count for part, count in expected.items()}
+    launch = Launch(
+        num_layers=45,
+        padded_vocab_size=128896,
+        mtp_num_layers=3,
+        seq_length=8192,
+        pipeline_model_parallel_size=8,
+        virtual_pipeline_model_parallel_size=3,
+        pipeline_model_parallel_layout="Ett|(tt|)*21t|mmmL",
+    )
+    by_stage = [stage_flops(published, launch, stage) for stage in stages(launch)]
+    assert sum(by_stage) == pytest.approx(mtp + sum(parts.values()))
+    assert by_stage[-1] == pytest.approx(mtp + parts["output"])
+
+
 @pytest.mark.parametrize("gate_layout", ["headwise", "expanded"])
 @pytest.mark.parametrize("mtp_layers", [2, 1, None])
 def test_parameters_are_those_of_the_built_model(tmp_path, gate_layout, mtp_layers):
     config = tiny_config()
     folder = write_hf_folder(tmp_path / "hf", config, random_weights(config, 62))
     model = build(folder, gate_layout=gate_layout, mtp_num_layers=mtp_layers)
-    found = stage_parameters(
-        Step35Config.from_dict(config),
-        range(6),
-        embedding=True,
-        output_matrices=1 + (mtp_layers or 0),
-        mtp_layers=mtp_layers or 0,
-        vocab_size=96,
-        gate_layout=gate_layout,
+    launch = Launch(
+        num_layers=6, padded_vocab_size=96, mtp_num_layers=mtp_layers or 0, gate_layout=gate_layout
+    )
+    found = Parameters.of(
+        weights_of_rank(Step35Config.from_dict(config), launch, stages(launch), 0)
     )
     experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
     total = sum(p.numel() for p in model.parameters())
@@ -101,60 +130,33 @@ def test_parameters_are_those_of_the_built_model(tmp_path, gate_layout, mtp_laye
 @pytest.mark.parametrize(("gate_layout", "more"), [("headwise", 0), ("expanded", 2_197_291_008)])
 def test_ranks_add_up_to_the_published_model(published, gate_layout, more):
     """TP 8, PP 5, EP 16, ETP 1: what is whole on each tensor-parallel rank counts once."""
-    tensor, expert, stages = 8, 16, 5
+    split = Launch(
+        num_layers=45,
+        padded_vocab_size=128896,
+        mtp_num_layers=3,
+        gate_layout=gate_layout,
+        world_size=640,
+        tensor_model_parallel_size=8,
+        pipeline_model_parallel_size=5,
+        expert_model_parallel_size=16,
+    )
+    alone = replace(split, tensor_model_parallel_size=1, expert_model_parallel_size=1)
     total = Parameters()
-    for stage in range(stages):
-        last = stage == stages - 1
-        where = dict(
-            layers=range(9 * stage, 9 * stage + 9),
-            embedding=stage == 0,
-            output_matrices=4 if last else 0,
-            mtp_layers=3 if last else 0,
-            vocab_size=128896,
-            gate_layout=gate_layout,
-        )
-        split = stage_parameters(published, tensor=tensor, expert=expert, expert_tensor=1, **where)
-        alone = stage_parameters(published, **where)
+    for stage in stages(split):
+        own = Parameters.of(stage_weights(published, split, stage))
+        whole = Parameters.of(stage_weights(published, alone, stage))
         # Norms and routers are whole on each of the eight ranks.
-        plans = [published.layers[i] for i in where["layers"]]
-        plans += [published.layers[45 + i] for i in range(where["mtp_layers"])]
+        plans = [published.layers[index] for index in stage.layers]
         kept = sum(
             2 * 4096 + 2 * 128 + plan.is_moe * 288 * 4096 + plan.is_mtp * 3 * 4096 for plan in plans
         )
-        kept += 4096 if last else 0
-        assert tensor * (split.dense - kept) + kept == alone.dense
-        assert expert * split.expert == alone.expert
-        total = total + alone
+        kept += 4096 if stage.output else 0
+        assert 8 * (own.dense - kept) + kept == whole.dense
+        assert 16 * own.expert == whole.expert
+        total = total + whole
     embedding_copy = 128896 * 4096  # of the stage with the MTP layers
     router_biases = 42 * 288
-    assert total.dense + total.expert == 199_384_301_376 - router_biases + embedding_copy + more
-
-
-def test_activations_follow_the_layer(published):
-    dense, moe = published.layers[0], published.layers[4]
-    tokens, hidden, heads = 10, 4096, 64 * 128
-    attention = 4 * hidden + 4 * heads + 3 * 8 * 128
-    assert layer_activation_bytes(published, dense, tokens) == 20 * (attention + 3 * 11264)
-    routed = 8 * (hidden + 3 * 1280) + 3 * 1280
-    assert layer_activation_bytes(published, moe, tokens) == 20 * (attention + routed)
-    wider = dataclasses.replace(moe, num_attention_heads=96)
-    more = layer_activation_bytes(published, wider, tokens) - 20 * (attention + routed)
-    assert more == 20 * 4 * 32 * 128
-    mtp, sliding = published.layers[45], published.layers[1]  # both dense with 96 heads
-    alone = layer_activation_bytes(published, sliding, tokens)
-    assert layer_activation_bytes(published, mtp, tokens) - alone == 20 * 5 * hidden
-
-
-def test_activations_of_a_rank(published):
-    dense, moe = published.layers[0], published.layers[4]
-    alone = layer_activation_bytes(published, dense, 10)
-    assert layer_activation_bytes(published, dense, 10, tensor=8) == alone / 8
-    whole = layer_activation_bytes(published, dense, 10, tensor=8, sequence_parallel=False)
-    assert whole == alone / 8 + 20 * 4 * 4096 * 7 / 8
-    # With experts split by tensor parallelism, each rank has the routed tokens of all.
-    alone = layer_activation_bytes(published, moe, 10, tensor=8)
-    split = layer_activation_bytes(published, moe, 10, tensor=8, expert_tensor=8)
-    assert split - alone == 20 * 8 * 4096 * 7 / 8
+    assert total.total == 199_384_301_376 - router_biases + embedding_copy + more
 
 
 @pytest.fixture
@@ -189,36 +191,14 @@ def test_megatron_prints_these_numbers(megatron_args, capsys):
     )
     assert training.num_floating_point_operations(args, 4) == expected
     weights, activations, total = report_theoretical_memory(args, 1, verbose=True)
-    parameters = stage_parameters(
-        config, range(6), embedding=True, output_matrices=3, mtp_layers=2, vocab_size=96
-    )
-    assert weights == pytest.approx(18 * (parameters.dense + parameters.expert) / 1024**2)
+    launch = Launch(num_layers=6, padded_vocab_size=96, mtp_num_layers=2)
+    parameters = total_parameters(config, launch)
+    assert weights == pytest.approx(16 * parameters / 1024**2)  # in fp32
     assert total == weights + activations and activations > 0
     assert "Step-3.5 pipeline stage 0" in capsys.readouterr().out
     step35_patch.activate()  # inert: Megatron's own numbers again
     args.mtp_num_layers = None
     assert training.num_floating_point_operations(args, 4) != expected
-
-
-def test_reports_of_a_pipeline(megatron_args, monkeypatch):
-    from megatron.training import theoretical_memory_usage as memory
-
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    full = tiny_config(layer_types=[FULL] * 8, rope_theta=50.0, partial_rotary_factors=None)
-    args = megatron_args(full, "--pipeline-model-parallel-size", "2")
-    config = Step35Config.from_dict(full)
-    stages = [
-        stage_parameters(
-            config, range(3), embedding=True, output_matrices=0, mtp_layers=0, vocab_size=96
-        ),
-        stage_parameters(
-            config, range(3, 6), embedding=False, output_matrices=3, mtp_layers=2, vocab_size=96
-        ),
-    ]
-    largest = max(18 * (stage.dense + stage.expert) for stage in stages)
-    assert memory.compute_weight_and_optimizer_memory(args) == largest
-    one = memory.compute_activation_memory_without_sp(args, num_microbatches=1)
-    assert memory.compute_activation_memory_without_sp(args, num_microbatches=8) >= one
 
 
 def test_model_runs_what_is_counted(tmp_path):

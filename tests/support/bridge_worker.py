@@ -16,7 +16,7 @@ from megatron.bridge import AutoBridge  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import step35_patch  # noqa: E402
-from step35_patch.bridge import Step35Bridge, Step35BridgeProvider  # noqa: E402
+from step35_patch.bridge import Step35Bridge, Step35BridgeProvider, Step35CanonicalLoRA  # noqa: E402
 
 # Tokens of a sequence in training: beyond the window.
 LENGTH = 24
@@ -78,10 +78,12 @@ def train(folder: str, checkpoint: str, options: str) -> None:
     """Megatron-Bridge's own loop on mock data; a checkpoint each second iteration.
 
     It goes on from the checkpoint, if there is one. Options: `iterations`, how many this process
-    does; `optimizer`; `gate_layout`; `fields` of the provider; `pretrained`, a checkpoint whose
-    weights are fine-tuned instead; `lora`, which of the linear layers have adapters.
+    does; `optimizer`; `gate_layout`; `fields` of the provider, and `fields_of_rank_1` alone;
+    `pretrained`, a checkpoint whose weights are fine-tuned instead; `adapters`, of which class on
+    which of the linear layers.
     """
     bridge_on_cpu.install_training()
+    from megatron.bridge.peft.dora import DoRA
     from megatron.bridge.peft.lora import LoRA
     from megatron.bridge.training import config
     from megatron.bridge.training.finetune import finetune
@@ -94,8 +96,16 @@ def train(folder: str, checkpoint: str, options: str) -> None:
     provider = AutoBridge.from_hf_pretrained(folder).to_megatron_provider()
     provider.use_cpu_initialization, provider.pipeline_dtype = True, torch.float32
     provider.seq_length = LENGTH
-    for name, value in asked.get("fields", {}).items():
+    fields = asked.get("fields", {})
+    if os.environ["RANK"] == "1":
+        fields |= asked.get("fields_of_rank_1", {})
+    for name, value in fields.items():
         setattr(provider, name, value)
+    peft = None
+    if "adapters" in asked:
+        kind, layers = asked["adapters"]
+        classes = {"LoRA": LoRA, "DoRA": DoRA, "Step35CanonicalLoRA": Step35CanonicalLoRA}
+        peft = classes[kind](target_modules=layers, dim=4, alpha=8)
     weight_decay = {"start_weight_decay": 0.1, "end_weight_decay": 0.1}
     (finetune if "pretrained" in asked else pretrain)(
         config.ConfigContainer(
@@ -142,7 +152,7 @@ def train(folder: str, checkpoint: str, options: str) -> None:
             ),
             rng=config.RNGConfig(seed=3),
             dist=config.DistributedInitConfig(distributed_backend="gloo"),
-            peft=LoRA(target_modules=asked["lora"], dim=4, alpha=8) if "lora" in asked else None,
+            peft=peft,
         ),
         forward_step,
     )

@@ -22,16 +22,24 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from safetensors.torch import load_file
 
 from step35_patch import Step35Config
-from step35_patch.bridge import save_adapters
+from step35_patch.bridge import Step35CanonicalLoRA, save_adapters
 from step35_patch.checkpoint import (
     load_hf_weights,
     published_tensors_of,
     save_hf_weights,
 )
-from step35_patch.model.adapters import check_adapters
-from step35_patch.tensors.published import published_tensors
+from step35_patch.model.adapters import adapted_modules, check_adapters
 from step35_patch.tensors.qkv import DriftedGateError, gate_rows
-from step35_patch.tensors.spelling import transformers_place
+from support.exported_adapters import (
+    ALPHA,
+    DIM,
+    Adapter,
+    check_folder,
+    check_gradients,
+    close,
+)
+from support.modelopt_lora import adapt as adapt_as_modelopt
+from support.ours import published_gradients
 
 Chunks = list[torch.nn.Module]
 
@@ -39,11 +47,24 @@ EVERY_LINEAR = [
     *("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "router", "eh_proj"),
     *("output_layer", "*mtp_output_heads.*"),
 ]
-ALPHA, DIM = 8, 4
+QKV = ["linear_q", "linear_g", "linear_k", "linear_v"]
+APART = {"linear_qkv": QKV, "linear_fc1": ["linear_fc1_gate", "linear_fc1_up"]}
 
 
-def lora(target_modules: list[str] = EVERY_LINEAR, **options: Any) -> LoRA:
-    return LoRA(target_modules=list(target_modules), dim=DIM, alpha=ALPHA, **options)
+def apart(name: str) -> list[str]:
+    """The targets of CanonicalLoRA in place of one of LoRA's."""
+    where, dot, last = name.rpartition(".")
+    return [where + dot + part for part in APART.get(last, [last])]
+
+
+def lora(
+    target_modules: list[str] = EVERY_LINEAR, kind: str = "lora", **options: Any
+) -> LoRA | DoRA | Step35CanonicalLoRA:
+    """LoRA, CanonicalLoRA on the parts of the same layers, or DoRA."""
+    if kind == "canonical":
+        target_modules = [part for name in target_modules for part in apart(name)]
+    made = {"lora": LoRA, "dora": DoRA, "canonical": Step35CanonicalLoRA}[kind]
+    return made(target_modules=list(target_modules), dim=DIM, alpha=ALPHA, **options)
 
 
 def losses(chunks: Chunks, tokens: torch.Tensor) -> torch.Tensor:
@@ -72,10 +93,6 @@ def draw(chunks: Chunks) -> None:
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
-def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
 def another(bridge: AutoBridge, fields: dict[str, Any]) -> Chunks:
     """A model without adapters, of the layout of the first."""
     provider = bridge.to_megatron_provider()
@@ -98,17 +115,18 @@ def check_start(chunks: Chunks, tokens: torch.Tensor, plain: torch.Tensor) -> No
                 assert parameter.grad.abs().max() > 0, name
 
 
-def product(exported: dict[str, torch.Tensor], name: str) -> torch.Tensor | float:
-    """alpha / dim * B A of a published tensor, or of each expert's part of it."""
-    a, b = (
-        exported.get(name.removesuffix(".weight") + f".lora_{letter}.weight") for letter in "AB"
-    )
-    assert (a is None) == (b is None), name
-    return 0.0 if a is None or b is None else ALPHA / a.shape[-2] * (b @ a)
+def exported_adapters(bridge: AutoBridge, chunks: Chunks) -> dict[str, torch.Tensor]:
+    """What Megatron-Bridge exports, which are the parameters themselves where it can be."""
+    exported = bridge.export_adapter_weights(chunks, show_progress=False)
+    return {name: tensor.detach().clone() for name, tensor in exported}
 
 
 def check_exports(
-    bridge: AutoBridge, chunks: Chunks, weights: dict[str, torch.Tensor], without: list[str]
+    bridge: AutoBridge,
+    chunks: Chunks,
+    weights: dict[str, torch.Tensor],
+    without: list[str],
+    kind: str,
 ) -> None:
     """Merged is base + B A, of each published tensor, both by Megatron-Bridge and by us."""
     merged = dict(bridge.export_hf_weights(chunks, show_progress=False))
@@ -119,12 +137,13 @@ def check_exports(
     assert {"q", "k", "v", "g", "o"} <= {name.split("_proj.lora_A")[0][-1] for name in exported}
     for name, tensor in weights.items():
         assert torch.equal(base[name], tensor), name
-        assert close(merged[name], tensor + product(exported, name)), name
+        assert close(merged[name], Adapter(exported, name).merged(tensor)), name
     linear = {
         name
         for name in weights
         if not any(part in name for part in ["norm", "router_bias", "embed_tokens", *without])
     }
+    assert any("lora_magnitude" in name for name in exported) == (kind == "dora")
     adapted = {name.rsplit(".lora_")[0] + ".weight" for name in exported}
     assert adapted == linear, adapted ^ linear
 
@@ -133,39 +152,6 @@ def check_exports(
         assert ours.keys() == expected.keys()
         for name, tensor in ours.items():
             assert close(tensor, expected[name]), (choice, name)
-
-
-def check_folder(folder: Path, exported: dict[str, torch.Tensor], config: Step35Config) -> None:
-    """B A of each adapter in a folder for PEFT, multiplied as PEFT does, is the model's."""
-    state = load_file(folder / "adapter_model.safetensors")
-    document = json.loads((folder / "adapter_config.json").read_text())
-    targets = {*document["target_modules"], *document["target_parameters"]}
-    found = set()
-    for info in published_tensors(config.without_mtp()):
-        expected = product(exported, info.name)
-        if isinstance(expected, float):
-            continue
-        place = transformers_place(info)
-        name = place.name.removesuffix(".weight")
-        target = place.name if name.endswith("mlp.gate") else name
-        found.add(target)
-        rank = document["rank_pattern"].get(target, document["r"])
-        where = name
-        if len(info.shape) == 3:  # gate and up have the inner of two wrappers around the experts
-            experts, _, last = name.rpartition(".")
-            both = f"{experts}.down_proj" in targets and last == "gate_up_proj"
-            where = f"{experts}.base_layer" if both else experts
-        a, b = (state[f"base_model.model.{where}.lora_{letter}.weight"] for letter in "AB")
-        if len(info.shape) == 3:
-            a, b = a.reshape(len(expected), rank, -1), b.reshape(len(b), rank, len(expected))
-            delta = torch.einsum("o r e, e r i -> e o i", b, a)
-        else:
-            delta = b @ a
-        rows = slice(place.first_row, place.first_row + info.shape[-2])
-        scaled = document["lora_alpha"] / rank * delta[..., rows, :]
-        assert close(scaled, expected), info.name
-    assert found == targets
-    assert len(state) == 2 * len(targets)
 
 
 def check_saved_adapters(
@@ -211,13 +197,14 @@ def adapt(folder: str, out: str, gate_layout: str, fields: str, options: str, wi
     )
     whole = parallel_state.get_pipeline_model_parallel_world_size() == 1
     plain = losses(chunks, tokens) if whole else None
-    peft = lora(**json.loads(options))
+    asked = json.loads(options)
+    peft, kind = lora(**asked), asked.get("kind", "lora")
     chunks = peft(chunks)
     check_adapters(chunks)
     if plain is not None:
         check_start(chunks, tokens, plain)
     draw(chunks)
-    check_exports(bridge, chunks, weights, json.loads(without))
+    check_exports(bridge, chunks, weights, json.loads(without), kind)
     config = Step35Config.from_pretrained(folder)
     check_saved_adapters(bridge, chunks, peft, config, Path(out, "adapters"))
     check_refused_without_a_choice(chunks, Path(folder), Path(out))
@@ -231,6 +218,19 @@ def adapt(folder: str, out: str, gate_layout: str, fields: str, options: str, wi
         load_hf_weights(merged, f"{out}/merged")
         found = losses(merged, tokens)
         assert close(found, adapted), (found - adapted).abs().max()
+        with torch.no_grad():
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+            torch.save(chunks[0].eval()(tokens, positions, None), f"{out}/logits.pt")
+        exported = exported_adapters(bridge, chunks)
+        if kind == "canonical":
+            check_checkpoint(chunks, exported, Path(out, "saved"))
+        for model in (chunks, merged):
+            model[0].zero_grad()
+            losses(model, tokens)[: tokens.numel()].sum().backward()
+        for _, parameter in adapters(chunks):
+            parameter.data = parameter.grad
+        found = exported_adapters(bridge, chunks)
+        check_gradients(found, published_gradients(merged[0]), weights, exported)
 
 
 def drop(folder: str) -> None:
@@ -247,20 +247,32 @@ def drop(folder: str) -> None:
 def refuse(folder: str, gate_layout: str) -> None:
     """What does not go with the model is refused when the model is made, and when exported."""
     bridge, plain = provided(Path(folder), gate_layout, {})
+    canonical, message = CanonicalLoRA(dim=DIM, alpha=ALPHA), r"linear_qkv: .*Step35CanonicalLoRA"
+    provider = bridge.to_megatron_provider(load_weights=False)
+    provider.register_pre_wrap_hook(canonical)
+    with pytest.raises(ValueError, match=message):
+        provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
+    chunks = canonical(another(bridge, {}))
+    for export in (bridge.export_hf_weights, bridge.export_adapter_weights):
+        with pytest.raises(ValueError, match=message):
+            next(iter(export(chunks, show_progress=False)))
+    with pytest.raises(ValueError, match=message):
+        next(published_tensors_of(chunks, adapters="merged"))
+
     for peft, message in (
-        (CanonicalLoRA(dim=DIM, alpha=ALPHA), r"linear_qkv: .*CanonicalLoRA.*use LoRA"),
-        (DoRA(["linear_qkv", "linear_proj"], dim=DIM), r"linear_qkv: .*DoRA.*use LoRA"),
+        (lora(["linear_fc1"], "dora"), r"local_experts\.0\.linear_fc1: .*no DoRA on routed"),
+        (lora(["router"], "dora"), r"mlp\.router: .*no DoRA on .*routers"),
+        (lora(["output_layer"], "dora"), r"output_layer: .*no DoRA on output matrices"),
+        (lora(["linear_qkv"], "dora", dropout=0.5), r"linear_qkv: .*found 0\.5.*set dropout to 0"),
     ):
-        provider = bridge.to_megatron_provider(load_weights=False)
-        provider.register_pre_wrap_hook(peft)
         with pytest.raises(ValueError, match=message):
-            provider.provide_distributed_model(wrap_with_ddp=False, use_cpu_initialization=True)
-        chunks = peft(another(bridge, {}))
-        for export in (bridge.export_hf_weights, bridge.export_adapter_weights):
-            with pytest.raises(ValueError, match=message):
-                next(iter(export(chunks, show_progress=False)))
-        with pytest.raises(ValueError, match=message):
-            next(published_tensors_of(chunks, adapters="merged"))
+            check_adapters(peft(another(bridge, {})))
+    grouped = another(bridge, {"moe_grouped_gemm": True})
+    with pytest.raises(ValueError, match=r"experts\.linear_fc1: .*use share_expert_adapters"):
+        check_adapters(lora(["linear_fc1"], experts_shared_outer_loras=True)(grouped))
+    in_place = adapt_as_modelopt(another(bridge, {"transformer_impl": "local"})[0])
+    with pytest.raises(ValueError, match=r"ModelOpt's on .*adapters='merged'"):
+        next(iter(bridge.export_hf_weights([in_place], show_progress=False)))
     some = lora(["*.layers.3.*.local_experts.0.linear_fc1"])(plain)
     with pytest.raises(ValueError, match="for some only"):
         list(bridge.export_adapter_weights(some, show_progress=False))
@@ -275,10 +287,15 @@ def refuse_places(folder: str) -> None:
     }
     bridge, _ = provided(Path(folder), "headwise", fields)
     for place, message in (
-        ("router", "router: .*mix"),
-        ("linear_fc2", r"expert_tensor_par.* to 1"),
+        ({"target_modules": ["router"]}, "router: .*mix"),
+        ({"target_modules": ["*.experts.*.linear_fc1"]}, r"expert_tensor_par.* to 1"),
+        ({"target_modules": ["linear_qkv"]}, "linear_qkv: .*set sequence_parallel_input_reg"),
+        (
+            {"target_modules": ["linear_qkv"], "kind": "dora"},
+            "linear_qkv: .*no DoRA with tensor_model_parallel_size 2",
+        ),
     ):
-        chunks = lora([place])(another(bridge, fields))
+        chunks = lora(**place)(another(bridge, fields))
         with pytest.raises(ValueError, match=message):
             next(iter(bridge.export_hf_weights(chunks, show_progress=False)))
 
@@ -292,12 +309,23 @@ def train(chunks: Chunks, tokens: torch.Tensor) -> None:
         optimizer.step()
 
 
-def resume(folder: str, out: str) -> None:
-    """The expanded gate is trained as the head-wise one, saved with equal rows, and resumed."""
+def resume(folder: str, out: str, dense: str) -> None:
+    """The expanded gate is trained as the head-wise one, saved with equal rows, and resumed.
+
+    Args:
+        folder: in the published layout, with tokens.pt.
+        out: a folder to write in.
+        dense: the layers that DoRA can be on, as JSON.
+    """
     bridge, _ = provided(Path(folder), "headwise", {})
     tokens = torch.load(f"{folder}/tokens.pt")
-    headwise = lora()(another(bridge, {}))
-    expanded = lora()(another(bridge, {"gate_layout": "expanded"}))
+    for peft in (lora(), lora(kind="canonical"), lora(json.loads(dense), "dora")):
+        resume_one(bridge, tokens, Path(out, type(peft).__name__), peft)
+
+
+def resume_one(bridge: AutoBridge, tokens: torch.Tensor, out: Path, peft: Any) -> None:
+    expanded_gate = {"gate_layout": "expanded"}
+    headwise, expanded = peft(another(bridge, {})), peft(another(bridge, expanded_gate))
     first = dict(adapters(headwise))
     with torch.no_grad():
         for name, parameter in adapters(expanded):
@@ -305,32 +333,55 @@ def resume(folder: str, out: str) -> None:
                 parameter.copy_(first[name])
     train(headwise, tokens)
     train(expanded, tokens)
-    expected = dict(bridge.export_adapter_weights(headwise, show_progress=False))
-    for name, tensor in bridge.export_adapter_weights(expanded, show_progress=False):
+    expected = exported_adapters(bridge, headwise)
+    for name, tensor in exported_adapters(bridge, expanded).items():
         assert tensor.abs().max() > 0, name
         assert close(tensor, expected[name]), name
 
     after = losses(expanded, tokens)
     (chunk,) = expanded
-    sharded = {
-        name: value for name, value in chunk.sharded_state_dict().items() if ".adapter." in name
-    }
-    Path(out, "saved").mkdir()
-    dist_checkpointing.save(sharded, f"{out}/saved")
-    resumed = lora()(another(bridge, {"gate_layout": "expanded"}))
-    wanted = {
-        name: value
-        for name, value in resumed[0].sharded_state_dict().items()
-        if ".adapter." in name
-    }
-    state = dist_checkpointing.load(wanted, f"{out}/saved")
-    resumed[0].load_state_dict(state, strict=False)
-    assert torch.equal(losses(resumed, tokens), after)
+    out.mkdir()
+    dist_checkpointing.save(of_adapters(chunk.sharded_state_dict()), out)
+    (resumed,) = peft(another(bridge, expanded_gate))
+    state = dist_checkpointing.load(of_adapters(resumed.sharded_state_dict()), out)
+    resumed.load_state_dict(state, strict=False)
+    assert torch.equal(losses([resumed], tokens), after)
 
     # As a tool that knows Megatron-Core's own gate alone would have trained them.
-    name = "decoder.layers.1.self_attention.linear_qkv.adapter.linear_out.weight"
-    state[name] = state[name].clone()
-    layout = chunk.decoder.layers[1].self_attention.qkv
-    gate_rows(state[name], layout)[:, :, 1:] += 0.1
-    with pytest.raises(DriftedGateError, match=r"layer 1: linear_qkv's adapter.*'headwise'"):
-        resumed[0].load_state_dict(state, strict=False)
+    linear_qkv = "decoder.layers.1.self_attention.linear_qkv.adapter."
+    for name in {"linear_out.weight", "weight_magnitude"}:
+        if linear_qkv + name not in state:
+            continue
+        drifted = state[linear_qkv + name].clone()
+        layout = chunk.decoder.layers[1].self_attention.qkv
+        gate_rows(drifted.view(len(drifted), -1), layout)[:, :, 1:] += 0.1
+        with pytest.raises(DriftedGateError, match=r"layer 1: linear_qkv's adapter.*'headwise'"):
+            resumed.load_state_dict(state | {linear_qkv + name: drifted}, strict=False)
+
+    # Megatron-Bridge's wrappers leave their own names out of what they save, and load by them.
+    with pytest.raises(RuntimeError, match=r"Missing key.*linear_qkv\.to_wrap\.weight"):
+        resumed.load_state_dict(resumed.state_dict(), strict=True)
+    missing = resumed.load_state_dict(resumed.state_dict(), strict=False).missing_keys
+    assert {name.rpartition(".to_wrap.")[0] for name in missing} == {*adapted_modules([resumed])}
+
+
+def of_adapters(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if ".adapter." in name}
+
+
+def check_checkpoint(chunks: Chunks, exported: dict[str, torch.Tensor], out: Path) -> None:
+    """A checkpoint has B of each published matrix whole, whatever the tensor-parallel size."""
+    (chunk,) = chunks
+    if torch.distributed.get_rank() == 0:
+        out.mkdir()
+    torch.distributed.barrier()
+    dist_checkpointing.save(of_adapters(chunk.sharded_state_dict()), out)
+    saved = dist_checkpointing.load_plain_tensors(out)
+    layer, published = "decoder.layers.1.", "model.layers.1."
+    for linear, parts, where in (
+        ("self_attention.linear_qkv", "qgkv", "self_attn."),
+        ("mlp.linear_fc1", ["gate", "up"], "mlp."),
+    ):
+        for part in parts:
+            found = saved[f"{layer}{linear}.adapter.adapter_{part}.linear_out.weight"]
+            assert torch.equal(found, exported[f"{published}{where}{part}_proj.lora_B.weight"])

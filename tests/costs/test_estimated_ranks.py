@@ -1,0 +1,122 @@
+"""What is estimated for a rank, against what Megatron-Core builds there."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support import built_ranks
+from support.built_ranks import CASES, OPTIMIZERS
+from support.once import once
+
+pytestmark = pytest.mark.megatron
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> dict:
+    folder = once(tmp_path_factory, "built-ranks", built_ranks.make)
+    return json.loads((folder / "built.json").read_text())
+
+
+def compare(found: dict, names: dict[str, str]) -> set[int]:
+    """Each built rank with the estimate of its stage, by two names of one thing; the stages."""
+    estimated = {rank["pp"]: rank for rank in found["estimate"]["ranks"]}
+    for rank in found["ranks"]:
+        of_stage = estimated[rank["pp"]]
+        for theirs, ours in names.items():
+            assert of_stage[ours] == rank[theirs], (rank["pp"], theirs)
+    return {rank["pp"] for rank in found["ranks"]}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_rank_has_the_parameters_that_are_built(built, name):
+    found = built[name]
+    assert len(found["ranks"]) == CASES[name].ranks
+    stages = compare(found, {"parameters": "parameters", "expert_parameters": "expert_parameters"})
+    assert stages == {rank["pp"] for rank in found["estimate"]["ranks"]}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_micro_batches_in_flight_are_those_of_the_schedule(built, name):
+    compare(built[name], {"held": "micro_batches_in_flight"})
+
+
+def test_the_whole_models_parameters_are_those_of_one_rank(built):
+    for name in ("adam fp32", "adam bf16"):
+        assert built[name]["estimate"]["total_parameters"] == built[name]["ranks"][0]["parameters"]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_and_the_optimizers_state_take_what_is_allocated(built, name):
+    """Exactly; with the distributed optimizer but for padding, and where a rank's share begins."""
+    found = built[name]
+    of_stage = {rank["pp"]: rank["bytes"] for rank in found["estimate"]["ranks"]}
+    off = 0.02 if "distributed" in name else 0
+    for rank in found["ranks"]:
+        for what in ("gradients", "optimizer"):
+            assert of_stage[rank["pp"]][what] == pytest.approx(rank[what], rel=off), what
+
+
+@pytest.mark.slow
+def test_the_published_models_ranks_are_those_that_are_built(tmp_path_factory):
+    """In the authors' layout, on the meta device; every parameter of the model is on some rank."""
+    folder = once(tmp_path_factory, "built-published-ranks", built_ranks.make_published)
+    [found] = json.loads((folder / "built.json").read_text()).values()
+    assert len(found["ranks"]) == 8
+    compare(
+        found,
+        {
+            "parameters": "parameters",
+            "expert_parameters": "expert_parameters",
+            "held": "micro_batches_in_flight",
+        },
+    )
+    embedding_copy = 128896 * 4096
+    total = sum(rank["parameters"] + 7 * rank["expert_parameters"] for rank in found["ranks"])
+    estimate = found["estimate"]
+    assert estimate["total_parameters"] == total - embedding_copy
+    assert estimate["total_parameters"] + estimate["router_biases"] == 199_384_301_376
+
+
+@pytest.mark.transformer_engine(only=True)
+@pytest.mark.parametrize(
+    ("types", "bytes_of_weight"),
+    [
+        ({}, 10),  # of a weight in fp32, what its bf16 lacks
+        ({"store_param_remainders": False}, 12),
+        ({"main_params_dtype": "fp16", "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}, 6),
+        ({"exp_avg_sq_dtype": "fp16"}, 8),
+    ],
+)
+def test_the_precision_aware_optimizers_state(types, bytes_of_weight):
+    """Of Transformer Engine's FusedAdam, made as Megatron-Core makes it."""
+    import torch
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    from step35_patch.costs.launch import Launch
+    from step35_patch.costs.optimizer_state import model_bytes
+    from step35_patch.costs.weights import Kind, Weight
+
+    named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    dtypes = named | {"fp8": torch.uint8}
+    asked = Launch(
+        num_layers=1,
+        padded_vocab_size=1,
+        use_distributed_optimizer=True,
+        use_precision_aware_optimizer=True,
+        **types,
+    )
+    weight = torch.nn.Parameter(torch.zeros(16, 64, dtype=torch.bfloat16))
+    optimizer = FusedAdam(
+        [weight],
+        exp_avg_dtype=dtypes[asked.exp_avg_dtype],
+        exp_avg_sq_dtype=dtypes[asked.exp_avg_sq_dtype],
+        master_weights=True,
+        use_decoupled_grad=True,
+        master_weight_dtype=dtypes[asked.main_params_dtype],
+        store_param_remainders=asked.store_param_remainders,
+    )
+    optimizer.initialize_state(weight, asked.store_param_remainders)
+    found = sum(state.nbytes for state in optimizer.state[weight].values())
+    estimated = model_bytes([Weight(Kind.MATRIX, weight.numel())], asked).optimizer
+    assert estimated == found == bytes_of_weight * weight.numel()
