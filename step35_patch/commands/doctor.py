@@ -97,7 +97,7 @@ def sections(found: Diagnosis, hide: Callable[[str], str]) -> list[Section]:
     start += [Line(hide(value), name) for name, value in found.variables.items()]
     start += [Line(found.config, "the config")] if found.config else []
     extras = [
-        Line(f"{missing} is absent, for {NEEDED_BY[name]}", name, NOTICE)
+        Line(f"needs {missing}, for {NEEDED_BY[name]}", name, NOTICE)
         for name, missing in found.extras.items()
         if missing
     ]
@@ -121,8 +121,12 @@ def _targets(found: Diagnosis) -> list[Line]:
     rows: dict[tuple[str, str, str], list[str]] = {}
     for target in found.targets:
         state = target["state"]
-        is_fine = state == "wrapped" or (state == "missing" and not target["required"])
-        mark = GOOD if state == "wrapped" else PLAIN if is_fine else WRONG
+        if state == "wrapped":
+            mark = GOOD
+        elif target["required"] or state in ("refused", "replaced"):
+            mark = WRONG
+        else:
+            mark = PLAIN if state == "missing" else NOTICE
         module = target["module"].removeprefix("megatron.")
         rows.setdefault((mark, state, module), []).append(target["attribute"])
     return [

@@ -358,7 +358,8 @@ def _targets(found: Diagnosis, usable: bool) -> None:
     if _megatron(found, findings):
         _failures(found, findings)
     installed = found.versions["transformer-engine"]
-    if installed and findings["core"] and (reason := findings["transformer_engine"]):
+    reason = findings["transformer_engine"]
+    if installed and reason and not found.problems:  # else what it is for may be told already
         found.notices.append(
             f"Transformer Engine {installed} is installed, and Megatron-Core does not use it: "
             f"{_last_line(reason)}"

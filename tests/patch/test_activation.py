@@ -66,6 +66,13 @@ def test_a_wrong_variable_ends_the_program_before_it_begins(installed, name, val
     assert name in reason and legal in reason and value in reason
 
 
+def test_all_wrong_variables_are_told_at_once(installed):
+    variables = {"STEP35_WINDOW": "513", "STEP35_GATE_LAYOUT": "x", "STEP35_CONFIG": "/nowhere"}
+    done = installed.run("-c", "import step35_patch", **variables)
+    assert done.returncode == 1
+    assert all(f"{name}: expected" in done.stderr for name in variables)
+
+
 @pytest.mark.parametrize("left", ["a1_step35_patch.pth", "step35_patch_startup.py"])
 def test_a_broken_installation_ends_the_program_before_it_begins(installed, tmp_path, left):
     """Only the start-up files are there: the first alone, or both, without the package."""
