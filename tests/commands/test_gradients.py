@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import save_file
 from support.layout_runs import write_config
 
-from step35_patch import Step35Config, cli
-from step35_patch.commands.gradients import GradientsError, differences, read_layout, shrunk
-from step35_patch.config.model import packaged_config_path
+from step35_patch import cli
+from step35_patch.commands.gradients import GradientsError, differences, read_layout
 
 WORDS = (
     "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel "
@@ -30,21 +29,6 @@ def test_one_process_gets_what_is_not_of_the_layout():
         read_layout(WORDS.split(), 12)
     with pytest.raises(GradientsError, match="--bf16: gradients are compared in fp32"):
         read_layout(["--bf16"], None)
-
-
-def test_shrunk_model_has_the_layers_of_the_published_one():
-    published = Step35Config.from_pretrained(packaged_config_path())
-    words = ["--tensor-model-parallel-size", "16", "--expert-model-parallel-size", "12"]
-    small = Step35Config.from_dict(shrunk(published, read_layout(words, None)))
-    assert len(small.layers) == len(published.layers) == 48
-    for ours, theirs in zip(small.layers, published.layers, strict=True):
-        for name in ("is_moe", "is_mtp", "rotary_base"):
-            assert getattr(ours, name) == getattr(theirs, name)
-        for name in ("window_size", "rope_scaling", "swiglu_limit", "swiglu_limit_shared"):
-            assert (getattr(ours, name) is None) == (getattr(theirs, name) is None)
-        ratio = ours.num_attention_heads / small.layers[0].num_attention_heads
-        assert ratio == theirs.num_attention_heads / published.layers[0].num_attention_heads
-    assert small.moe_num_experts == 12 and small.num_attention_groups == 16
 
 
 def test_worst_gradient_is_named(tmp_path):
