@@ -325,8 +325,9 @@ def from_arguments(args: Any) -> Launch:
         num_layers=args.num_layers,
         padded_vocab_size=args.padded_vocab_size,
         mtp_num_layers=args.mtp_num_layers or 0,
-        gate_layout=args.step35_gate_layout,
-        window=args.step35_window,
+        # Without a config of their own, the arguments have neither.
+        gate_layout=getattr(args, "step35_gate_layout", "headwise"),
+        window=getattr(args, "step35_window", "hf"),
         world_size=args.world_size,
         tensor_model_parallel_size=tensor,
         sequence_parallel=args.sequence_parallel and tensor > 1,
