@@ -36,14 +36,7 @@ def print_estimate(found: Estimate, gpu_memory: float | None) -> None:
         f"{launch.seq_length} tokens; {launch.precision}, {launch.optimizer}"
     )
     columns = (
-        "stage",
-        "layers",
-        "parameters",
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "all (GiB)",
+        *("stage", "layers", "parameters", "weights", "grads", "optim.", "activ.", "all"),
         "in flight",
     )
     rows = []
@@ -59,7 +52,11 @@ def print_estimate(found: Estimate, gpu_memory: float | None) -> None:
                 f"{rank.micro_batches:.2f}",
             )
         )
-    print_table("memory of a rank of each pipeline stage, in GiB", columns, rows)
+    print_table(
+        "a rank of each pipeline stage: memory in GiB, micro-batches in flight",
+        columns,
+        rows,
+    )
     total = sum(found.flops_per_token.values())
     print_table(
         "operations of a token, forward and backward",

@@ -222,6 +222,17 @@ def _even_parts(launch: Launch) -> Iterator[tuple[int, int]]:
     """How many decoder and MTP layers each stage has, of `get_num_layers_to_build`."""
     size = launch.pipeline_model_parallel_size
     chunks = launch.virtual_pipeline_model_parallel_size or 1
+    if size * chunks > launch.num_layers + 2:  # embedding and loss may be stages too
+        raise LaunchError(
+            [
+                LaunchProblem(
+                    "--pipeline-model-parallel-size",
+                    f"at most {launch.num_layers + 2} stages",
+                    f"{size} x {chunks}",
+                    "use fewer, or --pipeline-model-parallel-layout",
+                )
+            ]
+        )
     embedding = int(launch.account_for_embedding_in_pipeline_split)
     loss = int(launch.account_for_loss_in_pipeline_split)
     by_rank: list[int | None] = [None] * size

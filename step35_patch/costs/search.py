@@ -8,6 +8,7 @@ node and `_BETWEEN` beyond, none of it hidden behind computation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -126,7 +127,7 @@ def _allowed(launch: Launch, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _candidates(config: Step35Config, launch: Launch, gpus: int) -> Iterator[Launch]:
     """Layouts with sizes that divide the GPUs, whether the model allows them or not."""
-    divisors = [size for size in range(1, gpus + 1) if gpus % size == 0]
+    divisors = _divisors(gpus)
     experts = config.moe_num_experts if config.use_moe else 1
     for pp in divisors:
         stage = gpus // pp
@@ -146,6 +147,12 @@ def _candidates(config: Step35Config, launch: Launch, gpus: int) -> Iterator[Lau
                             expert_model_parallel_size=ep,
                             expert_tensor_parallel_size=etp,
                         )
+
+
+def _divisors(number: int) -> list[int]:
+    """All of them, in their order."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _with_stages(launch: Launch) -> Iterator[Launch]:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from support import built_ranks
 from support.built_ranks import CASES, OPTIMIZERS, compare
 from support.once import once
+
+from step35_patch.costs.launch import Launch
+from step35_patch.costs.optimizer_state import model_bytes
+from step35_patch.costs.weights import Kind, Weight
 
 pytestmark = pytest.mark.megatron
 
@@ -47,6 +52,37 @@ def test_gradients_and_the_optimizers_state_take_what_is_allocated(built, name):
             assert of_stage[rank["pp"]][what] == pytest.approx(rank[what], rel=off), what
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_whole_matrices_are_dealt_out_as_megatron_deals_them(ranks):
+    """By the layer-wise distributed optimizer, in one bucket."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    deal = getattr(LayerWiseDistributedOptimizer, "_compute_per_buffer_param_layout", None)
+    if deal is None:
+        pytest.skip("this Megatron-Core deals matrices out without regard to their sizes")
+    matrices = [Weight(Kind.MATRIX, 64 * size) for size in (96, 90, 17, 64, 33)]
+    matrices.append(Weight(Kind.MATRIX, 64 * 24, count=19))
+    weights = [
+        torch.nn.Parameter(torch.empty(weight.elements // 64, 64, device="meta"))
+        for weight in matrices
+        for _ in range(weight.count)
+    ]
+    layout = deal(weights, None, ranks, DistributedDataParallelConfig())
+    [(start, end)] = layout.bucket_indices
+    loads = [0] * ranks
+    for first, last, _ in layout.param_index_map.values():
+        loads[(first - start) * ranks // (end - start)] += last - first
+    asked = Launch(
+        num_layers=1,
+        padded_vocab_size=1,
+        world_size=ranks,
+        optimizer="muon",
+        use_distributed_optimizer=True,
+    )
+    assert model_bytes(matrices, asked).optimizer == 8 * max(loads)
+
+
 @pytest.mark.transformer_engine(only=True)
 @pytest.mark.parametrize(
     ("types", "bytes_of_weight"),
@@ -59,12 +95,7 @@ def test_gradients_and_the_optimizers_state_take_what_is_allocated(built, name):
 )
 def test_the_precision_aware_optimizers_state(types, bytes_of_weight):
     """Of Transformer Engine's FusedAdam, made as Megatron-Core makes it."""
-    import torch
     from transformer_engine.pytorch.optimizers import FusedAdam
-
-    from step35_patch.costs.launch import Launch
-    from step35_patch.costs.optimizer_state import model_bytes
-    from step35_patch.costs.weights import Kind, Weight
 
     named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtypes = named | {"fp8": torch.uint8}
