@@ -175,7 +175,17 @@ def measure(implementation: str, case: paired.Case) -> paired.Result:
         return floor(config, tokens)
     if implementation not in _made:
         _made[implementation] = globals()[implementation](config)
-    loss, model = _made[implementation]
+    try:
+        return _measure(implementation, *_made[implementation], tokens)
+    except RuntimeError:
+        # Megatron-Core's token dispatchers hold the last forward's tensors, and so all of its
+        # graph where no backward has freed it.
+        del _made[implementation]
+        raise
+
+
+def _measure(implementation: str, loss: Loss, model: torch.nn.Module, tokens: int) -> paired.Result:
+    config = models.small()
     generator = torch.Generator().manual_seed(SEED)
     # Without the last token, to which transformers gives no gradient (pad_token_id).
     ids = torch.randint(0, config["vocab_size"] - 1, (1, tokens + 1), generator=generator)

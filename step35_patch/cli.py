@@ -16,10 +16,15 @@ from typing import NamedTuple
 
 
 class _Command(NamedTuple):
-    """What `step35-patch --help` and the command's own `--help` say of it."""
+    """What `step35-patch --help` and the command's own `--help` say of it.
+
+    One that takes a command line of others gets it as `words`: all that stands behind a first --,
+    which argparse would look for options and for its own arguments in.
+    """
 
     help: str
     description: str
+    takes_words: bool = False
 
 
 # By the names of the modules in `step35_patch.commands`. The demo's arguments are its own
@@ -33,10 +38,23 @@ _COMMANDS = {
         help="print Megatron's arguments for a config, ready for a launch script",
         description="Print the arguments of pretrain_gpt.py that describe a config's model.",
     ),
+    "check": _Command(
+        help="hold a launch script against a config, before a GPU is booked",
+        description="Read a launch script or command without running it, and say everything that "
+        "is wrong with it. Exit status: 0 nothing, 1 something, 2 the input could not be read.",
+        takes_words=True,
+    ),
     "estimate": _Command(
         help="memory, operations and messages of a parallel layout; search for layouts that fit",
         description="Count what a run costs under a parallel layout: memory of each rank, "
         "operations of a token, bytes sent in a step. Needs no GPU and no torch.",
+    ),
+    "rehearse": _Command(
+        help="start a launch script on this CPU with the model shrunk",
+        description="Start a launch command on this CPU, with fewer and smaller layers and fewer "
+        "ranks, save, and resume. Exit status: 0 it starts, 1 it does not, 2 the input could not "
+        "be read.",
+        takes_words=True,
     ),
     "convert": _Command(
         help="convert weights between the published layout and Megatron's, in little memory",
@@ -72,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from step35_patch.commands import demo
 
         return demo.main(arguments[1:])
-    options = _parser(arguments).parse_args(arguments)
+    options = _options(arguments)
     try:
         status: int = options.run(options)
         sys.stdout.flush()
@@ -81,6 +99,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    chosen = next((word for word in arguments if word in _COMMANDS), None)
+    if chosen is None or not _COMMANDS[chosen].takes_words:
+        return _parser(arguments).parse_args(arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own, words = arguments[:end], arguments[end + 1 :]
+    return _parser(own).parse_args(own, argparse.Namespace(words=words))
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -42,7 +42,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("storage", "model"),
     ("costs", "checkpoint", "arguments"),
     ("verify", "patch"),
-    ("convert",),
+    ("convert", "launch"),
     ("bridge", "frameworks"),
     ("commands",),
     ("cli",),

@@ -48,7 +48,7 @@ class Step35BridgeProvider(Step35ModelProvider, ModelProviderMixin):
         """
         _ = self.step35
         if problems := not_acceptable(self.accept_changed, "accept_changed"):
-            raise ValueError("\n".join(problems))
+            raise ValueError("\n".join(map(str, problems)))
         if self.share_embeddings_and_output_weights:
             raise ValueError(
                 "share_embeddings_and_output_weights: expected False, found True. The output "

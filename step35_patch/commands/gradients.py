@@ -21,8 +21,8 @@ from typing import Any
 from step35_patch.arguments import CPU_ARGUMENTS
 from step35_patch.commands.demo import example_script
 from step35_patch.commands.demo_training import DemoError
-from step35_patch.config.aliases import canonical
 from step35_patch.config.model import Step35Config
+from step35_patch.launch.shrinking import shrunk
 
 # Of each gradient, as a part of its largest value; found are some 1e-6.
 TOLERANCE = 1e-3
@@ -110,58 +110,6 @@ def read_layout(arguments: list[str], processes: int | None) -> Layout:
     return Layout(arguments, others, count, count // (tp * pp * cp), tp, pp, cp, ep)
 
 
-def shrunk(config: Step35Config, layout: Layout) -> dict[str, Any]:
-    """A config.json with the layers of another in a size for a CPU, which the layout can divide.
-
-    Kinds of layers, their relations (heads, rotated part of a head, RoPE bases), clamped layers and
-    MTP layers stay; clamps, window and the length from which RoPE is scaled get so small that they
-    matter.
-    """
-    document, _, _ = canonical(config.to_dict())
-    document.pop("quantization_config", None)
-
-    def up(size: int, to: int) -> int:
-        return -(-size // to) * to
-
-    tp, length = layout.tp, _length(layout)
-    groups = up(2, tp)
-    sliding = dict(document.get("attention_other_setting") or {})
-    heads = {"num_attention_heads": 2 * groups, "num_attention_groups": groups, "head_dim": 16}
-    changes: dict[str, Any] = heads | {
-        "torch_dtype": "float32",
-        "hidden_size": up(64, tp),
-        "intermediate_size": up(96, tp),
-        "vocab_size": 256,  # a byte
-        "max_position_embeddings": length,
-        "max_seq_len": length,
-        "sliding_window": 12,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-    }
-    if sliding:
-        sliding |= heads | {"num_attention_heads": 3 * groups}
-        changes["attention_other_setting"] = {
-            name: 16 if name == "true_head_dim" else value for name, value in sliding.items()
-        }
-    if document.get("rope_scaling"):
-        changes["rope_scaling"] = document["rope_scaling"] | {
-            "original_max_position_embeddings": length // 2
-        }
-    if config.moe_num_experts:
-        changes |= {
-            "moe_num_experts": up(8, layout.ep),
-            "moe_top_k": 2,
-            "moe_intermediate_size": up(32, tp),
-            "share_expert_dim": up(32, tp),
-        }
-    for name in ("swiglu_limits", "swiglu_limits_shared"):
-        if document.get(name):
-            changes[name] = [0.5 if limit else 0.0 for limit in document[name]]
-    known = document.keys() | {"torch_dtype"}
-    return {name: value for name, value in (document | changes).items() if name in known}
-
-
 def _length(layout: Layout) -> int:
     part = math.lcm(2 * layout.cp, layout.tp)
     return -(-_LENGTH // part) * part
@@ -192,7 +140,14 @@ def run(hf_dir: str, arguments: list[str], processes: int | None) -> int:
     """
     try:
         layout = read_layout(arguments, processes)
-        config = Step35Config.from_dict(shrunk(Step35Config.from_pretrained(hf_dir), layout))
+        config = Step35Config.from_dict(
+            shrunk(
+                Step35Config.from_pretrained(hf_dir),
+                tensor=layout.tp,
+                expert=layout.ep,
+                length=_length(layout),
+            )
+        )
         with tempfile.TemporaryDirectory(prefix="step35-gradients-") as folder:
             return _compare(config, layout, Path(folder))
     except (GradientsError, DemoError, ValueError, OSError, ImportError) as error:

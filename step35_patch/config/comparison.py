@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from step35_patch.config.errors import ranges
 from step35_patch.config.layer_plan import SLIDING_ATTENTION, LayerPlan
 from step35_patch.config.model import Step35Config
+from step35_patch.config.problem import Problem
 from step35_patch.config.quantization import QUANTIZATION_FIELDS
 
 # Attributes of the arguments that a checkpoint carries.
@@ -158,17 +159,21 @@ def recorded(config: Step35Config) -> dict[str, str]:
     return {FINGERPRINT: config.fingerprint, DOCUMENT: document}
 
 
-def not_acceptable(names: Iterable[str], option: str) -> list[str]:
-    """A line for each name that no checkpoint's difference can be accepted by.
+def not_acceptable(names: Iterable[str], option: str) -> list[Problem]:
+    """One for each name that no checkpoint's difference can be accepted by.
 
     Args:
         names: Of fields.
         option: That they were given with.
     """
     rows = {row.name: row for row in COMPARED}
-    expected = f"{option}: expected some of {', '.join(MAY_CHANGE)}, found"
     return [
-        f"{expected} {name}" + (f": {rows[name].reason}" if name in rows else "")
+        Problem(
+            option,
+            f"some of {', '.join(MAY_CHANGE)}",
+            name,
+            rows[name].reason if name in rows else "no field of a config is compared by this name",
+        )
         for name in names
         if name not in MAY_CHANGE
     ]

@@ -106,7 +106,7 @@ class ToHf(Conversion[TensorInfo]):
     ):
         refuse_nesting([source, hf_dir, *([] if mtp_from is None else [mtp_from])], target)
         if problems := not_acceptable(accept_changed, "accept_changed"):
-            raise ValueError("\n".join(problems))
+            raise ValueError("\n".join(map(str, problems)))
         config = Step35Config.from_pretrained(hf_dir)
         self._checkpoint = MegatronCheckpoint(
             source, config, average_gate=average_gate, accept_changed=accept_changed

@@ -15,7 +15,8 @@ from typing import Any
 
 from step35_patch.config.layer_plan import LayerPlan
 from step35_patch.config.model import Step35Config, Window
-from step35_patch.costs.launch_errors import LaunchError, LaunchProblem
+from step35_patch.config.problem import Problem
+from step35_patch.costs.launch_errors import LaunchError
 from step35_patch.costs.pipeline_letters import layers_of_stages, virtual_size_of
 from step35_patch.settings import GateLayout
 
@@ -23,7 +24,7 @@ __all__ = [
     "DTYPE_BYTES",
     "Launch",
     "LaunchError",
-    "LaunchProblem",
+    "Problem",
     "Stage",
     "from_arguments",
     "layer_plans",
@@ -244,7 +245,7 @@ def _even_parts(launch: Launch) -> Iterator[tuple[int, int]]:
     if uneven and (embedding or loss):
         raise LaunchError(
             [
-                LaunchProblem(
+                Problem(
                     "--account-for-embedding-in-pipeline-split, --account-for-loss-in-...",
                     "none with --decoder-first-pipeline-num-layers or --decoder-last-...",
                     "both",
@@ -260,7 +261,7 @@ def _even_parts(launch: Launch) -> Iterator[tuple[int, int]]:
     if any(count % chunks for count in counts):
         raise LaunchError(
             [
-                LaunchProblem(
+                Problem(
                     "--num-virtual-stages-per-pipeline-rank",
                     f"a divisor of the layers on each pipeline rank ({_words(counts)})",
                     f"{chunks}",
@@ -276,7 +277,7 @@ def _even_parts(launch: Launch) -> Iterator[tuple[int, int]]:
             if decoder < 0:
                 raise LaunchError(
                     [
-                        LaunchProblem(
+                        Problem(
                             "--account-for-embedding-in-pipeline-split"
                             if is_first
                             else "--account-for-loss-in-pipeline-split",
@@ -289,10 +290,10 @@ def _even_parts(launch: Launch) -> Iterator[tuple[int, int]]:
             yield decoder, launch.mtp_num_layers if is_last else 0
 
 
-def _undivided(launch: Launch, left: int, others: int, *, uneven: bool) -> LaunchProblem:
+def _undivided(launch: Launch, left: int, others: int, *, uneven: bool) -> Problem:
     size = launch.pipeline_model_parallel_size
     if uneven:
-        return LaunchProblem(
+        return Problem(
             "--decoder-first-pipeline-num-layers, --decoder-last-pipeline-num-layers",
             f"counts that leave a multiple of {others} of the {launch.num_layers} layers to the "
             f"other {others} stages"
@@ -301,7 +302,7 @@ def _undivided(launch: Launch, left: int, others: int, *, uneven: bool) -> Launc
             f"{left} left over",
             "change them, or use --pipeline-model-parallel-layout",
         )
-    return LaunchProblem(
+    return Problem(
         "--pipeline-model-parallel-size",
         f"a divisor of {left} layers",
         f"{size}",
@@ -419,7 +420,7 @@ def _virtual_size(args: Any) -> int | None:
         if layers % (pipeline * per_stage):
             raise LaunchError(
                 [
-                    LaunchProblem(
+                    Problem(
                         "--num-layers-per-virtual-pipeline-stage",
                         f"a divisor of {layers} layers / {pipeline} pipeline ranks",
                         f"{per_stage}",

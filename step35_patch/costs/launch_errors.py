@@ -1,27 +1,8 @@
-"""What is wrong with a launch, as data: one `LaunchProblem` each, all of them in one exception."""
+"""What is wrong with a launch: all of it in one exception."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class LaunchProblem(NamedTuple):
-    """One argument that a model cannot be laid out with.
-
-    Attributes:
-        argument: Megatron's option.
-        expected: What would have been right.
-        found: What is there.
-        fix: What to do.
-    """
-
-    argument: str
-    expected: str
-    found: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.argument}: expected {self.expected}, found {self.found}; {self.fix}"
+from step35_patch.config.problem import Problem
 
 
 class LaunchError(ValueError):
@@ -31,6 +12,6 @@ class LaunchError(ValueError):
         problems: All of them; never empty.
     """
 
-    def __init__(self, problems: list[LaunchProblem]):
+    def __init__(self, problems: list[Problem]):
         self.problems = tuple(problems)
         super().__init__("\n".join(map(str, problems)))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from step35_patch.costs.launch_errors import LaunchError, LaunchProblem
+from step35_patch.config.problem import Problem
+from step35_patch.costs.launch_errors import LaunchError
 
 OPTION = "--pipeline-model-parallel-layout"
 _LETTERS = {"E", "t", "m", "L"}
@@ -85,5 +86,5 @@ def _wanted(
         yield "all MTP layers (m) on one stage, the last virtual one of its pipeline rank"
 
 
-def _problem(letters: str, expected: str) -> LaunchProblem:
-    return LaunchProblem(OPTION, expected, repr(letters), "change it")
+def _problem(letters: str, expected: str) -> Problem:
+    return Problem(OPTION, expected, repr(letters), "change it")

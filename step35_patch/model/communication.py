@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from step35_patch.config.errors import ranges
 from step35_patch.config.model import Step35Config
+from step35_patch.config.problem import Problem
 
 # What Transformer Engine computes windows with.
 _WITH_WINDOW = ("a2a", "all_gather")
@@ -31,10 +33,7 @@ def cp_comm_types(given: Sequence[str], config: Step35Config) -> list[str]:
     if len(given) == 1:
         return [given[0]] * len(config.layers)
     if len(given) != config.num_hidden_layers:
-        raise ValueError(
-            f"cp_comm_type: expected one value, or one for each of num_hidden_layers="
-            f"{config.num_hidden_layers}, found {len(given)}"
-        )
+        raise ValueError(str(_wrong_length(given, config)))
     own = dict(zip(range(len(given)), given, strict=True))
     of_kind = {config.layers[index].attention_type: kind for index, kind in own.items()}
     return [
@@ -43,10 +42,19 @@ def cp_comm_types(given: Sequence[str], config: Step35Config) -> list[str]:
     ]
 
 
+def _wrong_length(given: Sequence[str], config: Step35Config) -> Problem:
+    return Problem(
+        "cp_comm_type",
+        f"one value, or one for each of num_hidden_layers={config.num_hidden_layers}",
+        str(len(given)),
+        "the MTP layers take those of decoder layers with their attention",
+    )
+
+
 def cp_comm_type_problems(
     given: Sequence[str], config: Step35Config, tp: int, cp: int
-) -> list[str]:
-    """A line for what Transformer Engine can't compute, empty if there is no such thing.
+) -> list[Problem]:
+    """What Transformer Engine can't compute, empty if there is no such thing.
 
     Args:
         given: as for `cp_comm_types`.
@@ -56,8 +64,8 @@ def cp_comm_type_problems(
     """
     try:
         kinds = cp_comm_types(given, config)
-    except ValueError as error:
-        return [str(error)]
+    except ValueError:
+        return [_wrong_length(given, config)]
     problems = []
     wrong = [
         plan
@@ -67,10 +75,14 @@ def cp_comm_type_problems(
     if wrong:
         found = sorted({kinds[plan.index] for plan in wrong})
         problems.append(
-            "cp_comm_type: expected a2a or all_gather in the layers with a sliding window, with "
-            f"which Transformer Engine knows windows, found {' '.join(found)} in "
-            f"{', '.join(str(plan.index) for plan in wrong)}; give one of the two for all layers, "
-            f"or a list of {config.num_hidden_layers}, in which full-attention layers may have p2p"
+            Problem(
+                "cp_comm_type",
+                "a2a or all_gather in the layers with a sliding window, with which Transformer "
+                "Engine knows windows",
+                f"{' '.join(found)} in {ranges([plan.index for plan in wrong])}",
+                f"give one of the two for all layers, or a list of {config.num_hidden_layers}, in "
+                "which full-attention layers may have p2p",
+            )
         )
     uneven = [
         plan
@@ -79,8 +91,13 @@ def cp_comm_type_problems(
     ]
     if uneven:
         problems.append(
-            "cp_comm_type: expected no a2a in layers whose query groups cannot be divided by "
-            f"tensor x context parallel size = {tp} x {cp}, found it in {len(uneven)} of them, the "
-            f"first {uneven[0].index} with {uneven[0].num_query_groups}; use all_gather there"
+            Problem(
+                "cp_comm_type",
+                "no a2a in layers whose query groups cannot be divided by tensor x context "
+                f"parallel size = {tp} x {cp}",
+                f"it in {len(uneven)} of them, the first {uneven[0].index} with "
+                f"{uneven[0].num_query_groups}",
+                "use all_gather there",
+            )
         )
     return problems

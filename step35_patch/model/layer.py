@@ -63,7 +63,7 @@ def check_options(config: TransformerConfig, runtime: Step35Runtime) -> None:
             "them up. pretrain_gpt.py's arguments set both"
         )
     lines += embedding_chunk_problems(config)
-    lines += low_precision_problems(config, runtime.config, runtime.gate_layout)
+    lines += map(str, low_precision_problems(config, runtime.config, runtime.gate_layout))
     groups = config.num_query_groups
     if groups % config.tensor_model_parallel_size:
         lines.append(

@@ -15,6 +15,7 @@ from typing import Any
 
 from step35_patch.config.errors import ranges
 from step35_patch.config.model import Step35Config
+from step35_patch.config.problem import Problem
 from step35_patch.tensors.table import Cut, Row, tensor_table
 
 _DIVISOR, _DIVISOR_OF_BLOCKS = 16, 32
@@ -31,8 +32,8 @@ class _Sizes:
         return self.expert_tensor if row.is_expert else self.tensor
 
 
-def low_precision_problems(settings: Any, config: Step35Config, gate_layout: str) -> list[str]:
-    """A line that names the linear layers that could not be computed, and ways out; or none.
+def low_precision_problems(settings: Any, config: Step35Config, gate_layout: str) -> list[Problem]:
+    """One that names the linear layers that could not be computed, and ways out; or none.
 
     Args:
         settings: A TransformerConfig, or Megatron's parsed arguments.
@@ -61,8 +62,13 @@ def low_precision_problems(settings: Any, config: Step35Config, gate_layout: str
     found = ", ".join(f"{words} (layers {ranges(layers)})" for words, layers in wrong.items())
     ways = ", or ".join(_ways_out(settings, config, gate_layout, sizes, divisor))
     return [
-        f"{field}: expected linear layers with rows and columns on each rank that {divisor} "
-        f"divides, as Transformer Engine needs for the recipe {recipe}, found {found}; {ways}"
+        Problem(
+            field,
+            f"linear layers with rows and columns on each rank that {divisor} divides, as "
+            f"Transformer Engine needs for the recipe {recipe}",
+            found,
+            ways,
+        )
     ]
 
 

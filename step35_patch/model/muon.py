@@ -46,7 +46,7 @@ def check_optimizer(config: Any) -> None:
             f"{' or '.join(map(repr, row.legal))}, found {found!r}; {row.reason}"
         )
     if (missing := missing_for(config.optimizer)) is not None:
-        raise ImportError(f"OptimizerConfig: optimizer: {missing}")
+        raise ImportError(f"OptimizerConfig: {missing}")
 
 
 def step35_chunks(model: Iterable[torch.nn.Module]) -> list[Any]:

@@ -272,7 +272,7 @@ class Step35ModelProvider(TransformerConfig):
         )
         if problems:
             raise ValueError(
-                "context parallelism on Transformer Engine:\n  " + "\n  ".join(problems)
+                "context parallelism on Transformer Engine:\n  " + "\n  ".join(map(str, problems))
             )
 
     def _padded_vocab_size(self) -> int:

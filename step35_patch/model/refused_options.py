@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from enum import Flag, auto
 from typing import Any
 
+from step35_patch.config.problem import Problem
+
 
 class Place(Flag):
     """Where an option is refused."""
@@ -205,7 +207,7 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
 )
 
 
-def missing_for(optimizer: str) -> str | None:
+def missing_for(optimizer: str) -> Problem | None:
     """What a kind of optimizer needs and is not installed, with how to get it; or None.
 
     Args:
@@ -213,9 +215,11 @@ def missing_for(optimizer: str) -> str | None:
     """
     if "muon" not in optimizer or importlib.util.find_spec("emerging_optimizers") is not None:
         return None
-    return (
-        f"{optimizer} needs the package emerging-optimizers, which is not installed: pip install "
-        "'step35-patch[muon]' (or pip install emerging-optimizers)"
+    return Problem(
+        "optimizer",
+        f"the package emerging-optimizers with {optimizer}, which needs it",
+        "it is not installed",
+        "pip install 'step35-patch[muon]' (or pip install emerging-optimizers)",
     )
 
 

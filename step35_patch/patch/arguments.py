@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from step35_patch.arguments import megatron_options
 from step35_patch.config.model import Step35Config
+from step35_patch.config.problem import Problem
 from step35_patch.model.communication import cp_comm_type_problems
 from step35_patch.model.low_precision import low_precision_problems
 from step35_patch.model.megatron_fields import FIELDS
@@ -50,7 +52,7 @@ def given_on(parser: argparse.ArgumentParser, words: Sequence[str]) -> dict[str,
 
 def fill_in(
     args: Any, given: dict[str, Any], config: Step35Config, parser: argparse.ArgumentParser
-) -> list[str]:
+) -> list[Problem]:
     """Set the shape arguments that the user left out.
 
     Args:
@@ -60,7 +62,7 @@ def fill_in(
         parser: Megatron's, which turns the options' strings into values.
 
     Returns:
-        A line for each given argument that contradicts the config.
+        One for each given argument that contradicts the config.
     """
     problems = []
     for option, value in megatron_options(config).items():
@@ -76,11 +78,23 @@ def fill_in(
             # Fewer MTP layers are trained; the others stay as they are.
             if getattr(args, "use_checkpoint_args", False):
                 problems.append(
-                    f"--use-checkpoint-args: expected none with --mtp-num-layers {given[name]}, "
-                    "which it would replace by the checkpoint's; the shapes come from the config"
+                    Problem(
+                        "--use-checkpoint-args",
+                        f"none with --mtp-num-layers {given[name]}, which it would replace by the "
+                        "checkpoint's",
+                        "it",
+                        "leave it out; the shapes come from the config",
+                    )
                 )
         else:
-            problems.append(f"{option}: the config needs {wanted}, found {given[name]}")
+            problems.append(
+                Problem(
+                    option,
+                    f"{wanted}, which the config needs",
+                    str(given[name]),
+                    "leave it out; the shapes come from the config",
+                )
+            )
     if _is_packed(args) and "create_attention_mask_in_dataloader" not in given:
         args.create_attention_mask_in_dataloader = False  # its batches are packed and have none
     if given.get("mtp_num_layers") == 0:
@@ -93,14 +107,18 @@ def fill_in(
         # Without effect: each layer has its own. Right of the full layers, they may stay.
         if name in given and given[name] != wanted:
             problems.append(
-                f"--{name.replace('_', '-')}: the config needs {wanted:g} (of the full-attention "
-                f"layers), found {given[name]:g}; leave it out, each layer has its own"
+                Problem(
+                    f"--{name.replace('_', '-')}",
+                    f"{wanted:g}, which the config has for the full-attention layers",
+                    f"{given[name]:g}",
+                    "leave it out, each layer has its own",
+                )
             )
     return problems
 
 
-def layout_problems(args: Any, config: Step35Config, gate_layout: str) -> list[str]:
-    """A line for each argument that can't work with the model, with the way out.
+def layout_problems(args: Any, config: Step35Config, gate_layout: str) -> list[Problem]:
+    """One for each argument that can't work with the model, with the way out.
 
     Args:
         args: parsed, not necessarily validated arguments of Megatron.
@@ -108,19 +126,23 @@ def layout_problems(args: Any, config: Step35Config, gate_layout: str) -> list[s
         gate_layout: "headwise" or "expanded".
     """
     problems = [
-        f"{row.option}: expected {row.legal[0]}, found {found}; {row.reason}: leave it out"
+        Problem(row.option, f"{row.legal[0]}", f"{found}", f"{row.reason}: leave it out")
         for row, found in refused(args, Place.ARGUMENT)
     ]
     problems += [
-        f"{_OPTIONS[name]}: expected {expected}, found {found}"
+        Problem(_OPTIONS[name], expected, f"{found}", "leave it out")
         for name, expected, found in without_effect(args)
     ]
     problems += _optimizer_problems(args)
     problems += _attention_mask_problems(args)
     if args.transformer_impl == "inference_optimized":
         problems.append(
-            "--transformer-impl: expected transformer_engine or local, found inference_optimized; "
-            "Step-3.5 layers train and evaluate only"
+            Problem(
+                "--transformer-impl",
+                "transformer_engine or local",
+                "inference_optimized",
+                "Step-3.5 layers train and evaluate only",
+            )
         )
     problems += _parallel_size_problems(args, config)
     problems += _low_precision_problems(args, config, gate_layout)
@@ -131,67 +153,105 @@ def layout_problems(args: Any, config: Step35Config, gate_layout: str) -> list[s
     return problems
 
 
-def _optimizer_problems(args: Any) -> list[str]:
+def installed_problems(args: Any) -> list[Problem]:
+    """One for each package that the arguments need and this environment does not have."""
+    missing = missing_for(args.optimizer)
+    return [] if missing is None else [dataclasses.replace(missing, argument="--optimizer")]
+
+
+def _optimizer_problems(args: Any) -> list[Problem]:
     problems = []
-    if (missing := missing_for(args.optimizer)) is not None:
-        problems.append(f"--optimizer: {missing}")
     # Releases with this argument make the optimizer of a rank's own matrices of two that need it.
     layer_wise = args.optimizer == "dist_muon" or (
         args.optimizer == "muon" and args.use_distributed_optimizer
     )
     if layer_wise and hasattr(args, "use_layer_wise_param_layout") and not args.bf16:
         problems.append(
-            f"--optimizer {args.optimizer}: expected --bf16 with a distributed optimizer, which "
-            "Megatron-Core's Muon cannot make in fp32; leave out --use-distributed-optimizer"
+            Problem(
+                "--bf16",
+                f"it with --optimizer {args.optimizer} and a distributed optimizer, which "
+                "Megatron-Core's Muon cannot make in fp32",
+                "none",
+                "add it, or leave out --use-distributed-optimizer",
+            )
         )
     if args.step35_decay_1d and not (args.weight_decay or args.end_weight_decay):
-        problems.append("--step35-decay-1d: expected a --weight-decay with it, found 0")
+        problems.append(
+            Problem("--weight-decay", "more than 0 with --step35-decay-1d", "0", "give it")
+        )
     if args.step35_decay_1d and args.apply_wd_to_qk_layernorm:
         problems.append(
-            "--apply-wd-to-qk-layernorm: expected none with --step35-decay-1d, which covers it"
+            Problem(
+                "--apply-wd-to-qk-layernorm",
+                "none with --step35-decay-1d, which covers it",
+                "it",
+                "leave it out",
+            )
         )
     return problems
 
 
-def _attention_mask_problems(args: Any) -> list[str]:
+def _attention_mask_problems(args: Any) -> list[Problem]:
     """Of documents that must not see each other."""
     problems = []
     if args.reset_attention_mask:
         packed = "--dataloader-inter-document-masking (0.19) or --sft"
         if args.transformer_impl != "local":
             problems.append(
-                "--reset-attention-mask: expected none with --transformer-impl "
-                f"{args.transformer_impl}, whose causal attention ignores the mask; use {packed}"
+                Problem(
+                    "--reset-attention-mask",
+                    f"none with --transformer-impl {args.transformer_impl}, whose causal attention "
+                    "ignores the mask",
+                    "it",
+                    f"use {packed}",
+                )
             )
         elif not args.create_attention_mask_in_dataloader:
             problems.append(
-                "--reset-attention-mask: expected none without a mask from the data loader "
-                f"(--sft, --no-create-attention-mask-in-dataloader); leave one out, or use {packed}"
+                Problem(
+                    "--reset-attention-mask",
+                    "none without a mask from the data loader (--sft, "
+                    "--no-create-attention-mask-in-dataloader)",
+                    "it",
+                    f"leave one out, or use {packed}",
+                )
             )
     if args.reset_position_ids and (args.sft or not args.reset_attention_mask):
         problems.append(
-            "--reset-position-ids: expected none with --sft, which does it, and without "
-            "--reset-attention-mask, where RoPE, which is relative, makes nothing of it; leave it "
-            "out"
+            Problem(
+                "--reset-position-ids",
+                "none with --sft, which does it, and without --reset-attention-mask, where RoPE, "
+                "which is relative, makes nothing of it",
+                "it",
+                "leave it out",
+            )
         )
     return problems
 
 
-def _parallel_size_problems(args: Any, config: Step35Config) -> list[str]:
+def _parallel_size_problems(args: Any, config: Step35Config) -> list[Problem]:
     problems = []
     tp, ep = args.tensor_model_parallel_size, args.expert_model_parallel_size
     groups = config.num_attention_groups
     if groups % tp:
         problems.append(
-            f"--tensor-model-parallel-size: expected a divisor of num_attention_groups={groups}, "
-            f"found {tp}; use fewer, and --expert-model-parallel-size or "
-            "--pipeline-model-parallel-size for more GPUs"
+            Problem(
+                "--tensor-model-parallel-size",
+                f"a divisor of num_attention_groups={groups}",
+                f"{tp}",
+                "use fewer, and --expert-model-parallel-size or --pipeline-model-parallel-size for "
+                "more GPUs",
+            )
         )
     if args.padded_vocab_size is not None and args.padded_vocab_size % tp:
         problems.append(
-            f"--padded-vocab-size: expected a multiple of --tensor-model-parallel-size {tp}, found "
-            f"{args.padded_vocab_size}; the config's vocab_size is {config.vocab_size}, and a "
-            "larger padded size is the same model while --step35-padded-logits is masked"
+            Problem(
+                "--padded-vocab-size",
+                f"a multiple of --tensor-model-parallel-size {tp}",
+                f"{args.padded_vocab_size}",
+                f"the config's vocab_size is {config.vocab_size}, and a larger padded size is the "
+                "same model while --step35-padded-logits is masked",
+            )
         )
     expert_ranks = ep * (args.expert_tensor_parallel_size or tp) * args.pipeline_model_parallel_size
     if (
@@ -200,26 +260,33 @@ def _parallel_size_problems(args: Any, config: Step35Config) -> list[str]:
         and args.world_size > expert_ranks  # its experts are on several data-parallel ranks
     ):
         problems.append(
-            "--overlap-param-gather-with-optimizer-step: expected none with "
-            f"--expert-model-parallel-size {ep}: Megatron-Core would gather the first model "
-            "chunk's experts before their step, and train on old ones; leave it out, "
-            "--overlap-param-gather is right"
+            Problem(
+                "--overlap-param-gather-with-optimizer-step",
+                f"none with --expert-model-parallel-size {ep}: Megatron-Core would gather the "
+                "first model chunk's experts before their step, and train on old ones",
+                "it",
+                "leave it out, --overlap-param-gather is right",
+            )
         )
     if ep > 1 and (not config.use_moe or config.moe_num_experts % ep):
         problems.append(
-            f"--expert-model-parallel-size: expected a divisor of moe_num_experts="
-            f"{config.moe_num_experts}, found {ep}"
+            Problem(
+                "--expert-model-parallel-size",
+                f"a divisor of moe_num_experts={config.moe_num_experts}",
+                f"{ep}",
+                "use another size",
+            )
         )
     return problems
 
 
-def _low_precision_problems(args: Any, config: Step35Config, gate_layout: str) -> list[str]:
+def _low_precision_problems(args: Any, config: Step35Config, gate_layout: str) -> list[Problem]:
     problems = []
     for problem in low_precision_problems(args, config, gate_layout):
-        field, _, rest = problem.partition(":")
+        fix = problem.fix
         for words, option in _OPTIONS_FOR.items():
-            rest = rest.replace(words, option)
-        problems.append(f"{_OPTIONS[field]}:{rest}")
+            fix = fix.replace(words, option)
+        problems.append(dataclasses.replace(problem, argument=_OPTIONS[problem.argument], fix=fix))
     return problems
 
 
@@ -228,47 +295,71 @@ def _is_packed(args: Any) -> bool:
     return args.sft or getattr(args, "dataloader_inter_document_masking", False)
 
 
-def _packing_problems(args: Any) -> list[str]:
+def _packing_problems(args: Any) -> list[Problem]:
     """Of batches of packed documents."""
     option = "--sft" if args.sft else "--dataloader-inter-document-masking"
     problems = []
     if args.micro_batch_size not in (None, 1):
         problems.append(
-            f"--micro-batch-size: expected 1 with {option}, found {args.micro_batch_size}; a "
-            "longer --seq-length packs more documents"
+            Problem(
+                "--micro-batch-size",
+                f"1 with {option}",
+                f"{args.micro_batch_size}",
+                "a longer --seq-length packs more documents",
+            )
         )
     if args.context_parallel_size > 1 and not args.calculate_per_token_loss:
         problems.append(
-            f"{option}: expected --calculate-per-token-loss with --context-parallel-size "
-            f"{args.context_parallel_size}: without it each rank's gradients are the mean over its "
-            "own tokens, of which prompts and padding leave a different number on each; add it"
+            Problem(
+                "--calculate-per-token-loss",
+                f"it with {option} and --context-parallel-size {args.context_parallel_size}: "
+                "without it each rank's gradients are the mean over its own tokens, of which "
+                "prompts and padding leave a different number on each",
+                "none",
+                "add it",
+            )
         )
     return problems
 
 
-def _context_parallel_problems(args: Any, config: Step35Config) -> list[str]:
+def _context_parallel_problems(args: Any, config: Step35Config) -> list[Problem]:
     problems = []
     tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
     local = args.transformer_impl == "local"
     # Not in each release.
     if local and getattr(args, "hybrid_context_parallel", False):
         problems.append(
-            "--hybrid-context-parallel: expected none with --transformer-impl local, on which "
-            f"each batch is cut for --context-parallel-size {cp}; leave it out, or use "
-            "--transformer-impl transformer_engine"
+            Problem(
+                "--hybrid-context-parallel",
+                "none with --transformer-impl local, on which each batch is cut for "
+                f"--context-parallel-size {cp}",
+                "it",
+                "leave it out, or use --transformer-impl transformer_engine",
+            )
         )
     if local and args.reset_attention_mask:
         problems.append(
-            f"--reset-attention-mask: expected none with --context-parallel-size {cp} and "
-            "--transformer-impl local, on which a mask is not cut; use --context-parallel-size 1, "
-            "or packed documents (--sft, 0.19's --dataloader-inter-document-masking)"
+            Problem(
+                "--reset-attention-mask",
+                f"none with --context-parallel-size {cp} and --transformer-impl local, on which a "
+                "mask is not cut",
+                "it",
+                "use --context-parallel-size 1, or packed documents (--sft, 0.19's "
+                "--dataloader-inter-document-masking)",
+            )
         )
     elif local and args.create_attention_mask_in_dataloader:
         problems.append(
-            "--context-parallel-size: with --transformer-impl local, expected "
-            "--no-create-attention-mask-in-dataloader too; attention is causal without it"
+            Problem(
+                "--no-create-attention-mask-in-dataloader",
+                f"it with --context-parallel-size {cp} and --transformer-impl local",
+                "none",
+                "add it; attention is causal without a mask",
+            )
         )
     if args.transformer_impl == "transformer_engine":
-        found = cp_comm_type_problems(args.cp_comm_type or ["p2p"], config, tp, cp)
-        problems += [problem.replace("cp_comm_type", "--cp-comm-type", 1) for problem in found]
+        problems += [
+            dataclasses.replace(problem, argument="--cp-comm-type")
+            for problem in cp_comm_type_problems(args.cp_comm_type or ["p2p"], config, tp, cp)
+        ]
     return problems

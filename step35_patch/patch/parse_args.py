@@ -11,22 +11,35 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from step35_patch import settings as process
 from step35_patch.config.comparison import ACCEPTED, MAY_CHANGE, not_acceptable, recorded
 from step35_patch.config.model import Step35Config
-from step35_patch.patch.arguments import fill_in, given_on, layout_problems
+from step35_patch.config.problem import Problem
+from step35_patch.patch.arguments import (
+    fill_in,
+    given_on,
+    installed_problems,
+    layout_problems,
+)
 from step35_patch.patch.notices import warn
+
+# It replaces the parsed arguments by its own, before they could be completed.
+YAML = Problem("--yaml-cfg", "none", "it", "give arguments; the shapes come from the config")
 
 
 class Step35ArgumentError(ValueError):
-    """Megatron arguments that don't go with the Step-3.5 config; the message lists all of them."""
+    """Megatron arguments that don't go with the Step-3.5 config; the message lists all of them.
 
-    def __init__(self, source: str, problems: list[str]):
+    Attributes:
+        problems: each of them.
+    """
+
+    def __init__(self, source: str, problems: Sequence[Problem]):
         self.problems = tuple(problems)
-        shown = "\n  ".join(problems)
+        shown = "\n  ".join(map(str, problems))
         super().__init__(
             f"{len(problems)} argument(s) don't go with the Step-3.5 config ({source}):\n  {shown}"
         )
@@ -107,12 +120,8 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
         return args
     given = given_on(parsers[0], sys.argv[1:])
     if "yaml_cfg" in given:  # has replaced the parsed arguments by others
-        raise Step35ArgumentError(
-            settings.source, ["--yaml-cfg: expected none, the shapes come from the config"]
-        )
-    problems = fill_in(args, given, settings.config, parsers[0])
-    problems += layout_problems(args, settings.config, settings.gate_layout)
-    problems += _complete_accepted(args)
+        raise Step35ArgumentError(settings.source, [YAML])
+    problems = complete(args, given, settings, parsers[0]) + installed_problems(args)
     if problems:
         raise Step35ArgumentError(settings.source, problems)
     _warn_from_scratch(args, given)
@@ -120,11 +129,31 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
         warn(
             "--log-params-norm counts all rows of the expanded gate, of which each head's are equal"
         )
+    return args
+
+
+def complete(
+    args: Any, given: dict[str, Any], settings: process.Settings, parser: argparse.ArgumentParser
+) -> list[Problem]:
+    """Fill in what the config decides and what Megatron saves of it with each checkpoint.
+
+    Args:
+        args: the parsed arguments, changed in place.
+        given: those of them that stood on the command line.
+        settings: the model.
+        parser: Megatron's with the package's arguments.
+
+    Returns:
+        All that contradicts the config or can't work with it.
+    """
+    problems = fill_in(args, given, settings.config, parser)
+    problems += layout_problems(args, settings.config, settings.gate_layout)
+    problems += _complete_accepted(args)
     vars(args).update(recorded(settings.config))
     args.step35_gate_layout = settings.gate_layout
     args.step35_window = settings.window
     args.step35_padded_logits = settings.padded_logits
-    return args
+    return problems
 
 
 def _warn_from_scratch(args: Any, given: dict[str, Any]) -> None:
@@ -150,8 +179,8 @@ def _warn_from_scratch(args: Any, given: dict[str, Any]) -> None:
         )
 
 
-def _complete_accepted(args: Any) -> list[str]:
-    """Set which changed fields are accepted, and tell what is wrong with them, a line each."""
+def _complete_accepted(args: Any) -> list[Problem]:
+    """Set which changed fields are accepted, and tell what is wrong with them."""
     option = "--step35-accept-changed"
     if getattr(args, ACCEPTED, None) is None:
         names = os.environ.get("STEP35_ACCEPT_CHANGED", "").split(",")
@@ -159,7 +188,9 @@ def _complete_accepted(args: Any) -> list[str]:
     accepted: list[str] = getattr(args, ACCEPTED)
     problems = not_acceptable(accepted, option)
     if accepted and not (args.load or getattr(args, "pretrained_checkpoint", None)):
-        problems.append(f"{option}: expected a checkpoint with it, found no --load")
+        problems.append(
+            Problem("--load", f"a checkpoint with {option}", "none", "give it, or leave both out")
+        )
     return problems
 
 
@@ -192,8 +223,12 @@ def _activate(args: Any) -> None:
         raise Step35ArgumentError(
             "none",
             [
-                "--step35-gate-layout, --step35-window, --step35-padded-logits, "
-                "--step35-accept-changed and --step35-decay-1d: expected a config with them, "
-                "found none; give --step35-config or STEP35_CONFIG"
+                Problem(
+                    "--step35-gate-layout, --step35-window, --step35-padded-logits, "
+                    "--step35-accept-changed and --step35-decay-1d",
+                    "a config with them",
+                    "none",
+                    "give --step35-config or STEP35_CONFIG",
+                )
             ],
         )

@@ -108,12 +108,12 @@ def test_stages_of_the_authors_layout(authors):
 
 # Changes of the authors' layout; the argument that is named, and a word of what is said of it.
 WRONG = [
-    ({"world_size": 60}, "WORLD_SIZE", "a multiple of 64"),
+    ({"world_size": 60}, "--tensor-model-parallel-size", "divides 60 processes"),
     ({"world_size": 0}, "WORLD_SIZE", "positive"),
     ({"expert_model_parallel_size": 7, "world_size": 448}, "--expert-model-parallel-size", "288"),
     ({"tensor_model_parallel_size": 16, "world_size": 1024}, "--tensor-model", "groups=8"),
     ({"tensor_model_parallel_size": 2, "world_size": 128}, "--sequence-parallel", "experts"),
-    ({"seq_length": 131073}, "--seq-length", "a multiple of 16"),
+    ({"seq_length": 131073}, "--seq-length", "2 x --context-parallel-size = 16"),
     ({"global_batch_size": 12}, "--global-batch-size", "groups of 8"),
     ({"global_batch_size": 4}, "--global-batch-size", "groups of 8"),
     ({"micro_batch_size": 5}, "--global-batch-size", "5 x 1"),

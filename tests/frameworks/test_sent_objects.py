@@ -20,7 +20,8 @@ from step35_patch import Step35Config, Step35ModelProvider
 from step35_patch.checkpoint import load_hf_weights
 from step35_patch.model.layer import layer_config
 
-pytestmark = pytest.mark.megatron
+# With each Megatron-Core; the others run with the newest only.
+every_version = pytest.mark.megatron
 
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
@@ -65,6 +66,7 @@ def test_config_and_plans_come_through(way):
     assert WAYS[way](config).fingerprint == config.fingerprint
 
 
+@every_version
 @pytest.mark.transformer_engine
 @pytest.mark.parametrize("way", WAYS)
 def test_provider_builds_the_same_model_afterwards(folder, way):
@@ -152,6 +154,7 @@ for path in sys.argv[3:]:
 """
 
 
+@every_version
 @pytest.mark.slow
 def test_worker_that_has_imported_megatron_builds_what_it_is_sent(folder, tmp_path):
     """A provider, and a function of the driver's script with a provider in it."""

@@ -52,13 +52,13 @@ def test_every_linear_layer_of_a_built_model_is_looked_at(tmp_path, gate_layout,
         for what, size in zip(("rows", "columns"), weight.shape, strict=True):
             if size % {"delayed": 16, "mxfp8": 32}[recipe]:
                 wanted.add((module, size, what, index))
-    [line] = low_precision_problems(
+    [problem] = low_precision_problems(
         settings(fp8_recipe=recipe), Step35Config.from_pretrained(hf), gate_layout
     )
     found = {
         (module, int(size), what, index)
         for module, size, what, layers in re.findall(
-            r"(\S+) with (\d+) (rows|columns) \(layers ([\d,-]+)\)", line
+            r"(\S+) with (\d+) (rows|columns) \(layers ([\d,-]+)\)", problem.found
         )
         for index in _indices(layers)
     }
@@ -75,8 +75,10 @@ def _indices(text: str):
 def test_experts_have_a_tensor_parallel_size_of_their_own():
     config = Step35Config.from_dict(tiny_config(moe_intermediate_size=32, share_expert_dim=64))
     parallel = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 4}
-    [line] = low_precision_problems(settings(**parallel), config, "expanded")
-    found = re.findall(r"experts.experts.linear_fc2 with (\S+) columns on each of (.*?) \(", line)
+    [problem] = low_precision_problems(settings(**parallel), config, "expanded")
+    found = re.findall(
+        r"experts.experts.linear_fc2 with (\S+) columns on each of (.*?) \(", problem.found
+    )
     assert found == [("8", "4 expert-tensor-parallel ranks")]
 
 

@@ -153,7 +153,6 @@ def test_import_after_megatron_rebinds_copies(installed, script, tmp_path):
 # --- off, on, twice -------------------------------------------------------------------------------
 
 
-@megatron
 def test_deactivate_restores_and_twice_is_once(installed, script, tmp_path):
     (tmp_path / "late.py").write_text(
         "from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec as build\n"
@@ -207,7 +206,6 @@ def test_deactivate_restores_and_twice_is_once(installed, script, tmp_path):
     installed.check(program)
 
 
-@megatron
 def test_modules_imported_while_off_are_patched_later(installed, script):
     program = script("""
         import step35_patch, megatron.core
@@ -220,7 +218,6 @@ def test_modules_imported_while_off_are_patched_later(installed, script):
     installed.check(program)
 
 
-@megatron
 def test_somebody_elses_wrapper_is_respected(installed, script):
     program = script("""
         import functools, sys, step35_patch
@@ -247,7 +244,6 @@ def test_somebody_elses_wrapper_is_respected(installed, script):
     installed.check(program)
 
 
-@megatron
 def test_patched_callables_look_like_the_originals(installed, script):
     program = script("""
         import copy, inspect, pickle
@@ -267,7 +263,6 @@ def test_patched_callables_look_like_the_originals(installed, script):
     installed.check(program)
 
 
-@megatron
 def test_a_wrong_argument_changes_nothing(installed, script, broken_config):
     program = script(f"""
         import step35_patch
@@ -295,7 +290,6 @@ def test_a_wrong_argument_changes_nothing(installed, script, broken_config):
 # --- refusals -------------------------------------------------------------------------------------
 
 
-@megatron
 @pytest.mark.parametrize("by_variable", [True, False])
 def test_a_broken_config_stops_the_program(installed, script, broken_config, by_variable):
     program = script("""

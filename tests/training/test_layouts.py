@@ -33,8 +33,7 @@ from step35_patch import Step35Config
 from step35_patch.convert import Options, convert_to_hf, convert_to_megatron
 
 pytestmark = pytest.mark.slow
-# With each Megatron-Core, and so with all that is trained there: under TP and PP, Muon too. The
-# others run with the newest only.
+# With each Megatron-Core. The others run with the newest only.
 every_version = pytest.mark.megatron
 
 # Where Muon's matrices are cut, or lie elsewhere. "tp2" is in the test of its checkpoints.
@@ -128,7 +127,6 @@ def test_layout_with_muon(start, train, muon, name):
     assert abs(muon[ITERATIONS].loss / start.expected[ITERATIONS].loss - 1) > 1e-3
 
 
-@every_version
 def test_muon_resumes_bit_for_bit(start, train, muon, tmp_path):
     """Its momenta too; trained as with one process, saved and loaded under TP2."""
     half, saved = ITERATIONS // 2, tmp_path / "saved"

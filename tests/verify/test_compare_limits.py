@@ -18,9 +18,6 @@ from step35_patch.storage.hf_folder import HfFolder
 from step35_patch.tensors.published import layer_tensors
 from step35_patch.verify.api import ReferenceMissingError, compare, largest_weights, sequence_length
 
-pytestmark = pytest.mark.megatron
-
-
 # --- What it takes ------------------------------------------------------------------------------
 
 

@@ -17,7 +17,8 @@ from step35_patch.cli import main
 from step35_patch.commands import verify as command
 from step35_patch.verify.api import compare
 
-pytestmark = pytest.mark.megatron
+# With each Megatron-Core; the others run with the newest only.
+every_version = pytest.mark.megatron
 
 
 def run(monkeypatch, *arguments) -> int:
@@ -64,6 +65,7 @@ def test_the_command_names_what_differs(case, monkeypatch, capsys):
     assert out.endswith(f"with other values than HF_DIR's:\n  {name}\n")
 
 
+@every_version
 def test_the_command_reads_a_megatron_checkpoint(case, tmp_path, monkeypatch, capsys):
     _, weights, folder = case
     checkpoint, changed = tmp_path / "megatron", tmp_path / "changed"
@@ -125,6 +127,7 @@ def test_the_command_says_why_nothing_was_compared(case, monkeypatch, capsys, tm
         run(monkeypatch, case[2], "--against", "vllm")
 
 
+@every_version
 def test_a_process_is_left_as_it_was(case):
     """Twice in a process of its own, which has no groups before or after."""
     program = """
@@ -161,6 +164,7 @@ def test_the_command_says_how_many_near_ties_there_were(case, tmp_path, monkeypa
     assert f"of what it does, {ties} near ties of experts left out\n" in capsys.readouterr().out
 
 
+@every_version
 def test_the_command_prints_no_upstream_warning(case):
     """The real command, as a process: what it imports warns of what a user cannot act upon."""
     arguments = ["verify", str(case[2]), "--length", str(LENGTH)]

@@ -1,0 +1,1 @@
+"""Launch commands and scripts, read without running anything of them."""
