@@ -226,7 +226,7 @@ def _even_parts(launch: Launch) -> Iterator[tuple[int, int]]:
     if size * chunks > launch.num_layers + 2:  # embedding and loss may be stages too
         raise LaunchError(
             [
-                LaunchProblem(
+                Problem(
                     "--pipeline-model-parallel-size",
                     f"at most {launch.num_layers + 2} stages",
                     f"{size} x {chunks}",
