@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from step35_patch.commands.tables import print_table
-from step35_patch.costs.search import OPTIONS
+from step35_patch.costs.search import OPTIONS, best_of_sizes
 
 if TYPE_CHECKING:
     from step35_patch.costs.estimate import Estimate
@@ -99,6 +99,7 @@ def print_search(fitting: Sequence[Found], gpus: int, gpu_memory: float, limit: 
             "distributed optimizer and bf16 gradients: use more GPUs, or a shorter --seq-length"
         )
         return
+    every, fitting = len(fitting), best_of_sizes(fitting)
     used = [option for option in OPTIONS if any(option in one.needs for one in fitting)]
     for number, option in enumerate(used, 1):
         print(f"needs {number}: {option}")
@@ -122,4 +123,8 @@ def print_search(fitting: Sequence[Found], gpus: int, gpu_memory: float, limit: 
                 launch.pipeline_model_parallel_layout or "-",
             )
         )
-    print_table(f"{len(fitting)} layouts fit on {gpus} GPUs, best first", columns, rows)
+    print_table(
+        f"{every} layouts fit on {gpus} GPUs: {len(fitting)} sizes with their best VPP, best first",
+        columns,
+        rows,
+    )

@@ -9,7 +9,7 @@ node and `_BETWEEN` beyond, none of it hidden behind computation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,7 +66,7 @@ class Found:
 
 
 def search(config: Step35Config, launch: Launch, *, gpus: int, memory: int) -> list[Found]:
-    """Every layout that fits, best first, each with the number of virtual stages that is best.
+    """Every layout that fits, best first.
 
     Options that save memory are added one by one, until a layout fits.
 
@@ -77,16 +77,29 @@ def search(config: Step35Config, launch: Launch, *, gpus: int, memory: int) -> l
         gpus: How many there are.
         memory: Bytes of each.
     """
-    found: list[Found] = []
-    for sizes in _candidates(config, launch, gpus):
-        fitting = [
-            one
-            for candidate in _with_stages(sizes)
-            if not launch_problems(config, candidate)
-            and (one := _fitting(config, candidate, memory)) is not None
-        ]
-        found += sorted(fitting, key=lambda one: one.score)[:1]
+    found = [
+        one
+        for sizes in _candidates(config, launch, gpus)
+        for candidate in _with_stages(sizes)
+        if not launch_problems(config, candidate)
+        and (one := _fitting(config, candidate, memory)) is not None
+    ]
     return sorted(found, key=lambda one: one.score)
+
+
+def best_of_sizes(found: Sequence[Found]) -> list[Found]:
+    """Of layouts that differ in their virtual stages alone, the first."""
+    best: dict[tuple[int, ...], Found] = {}
+    for one in found:
+        sizes = (
+            one.launch.tensor_model_parallel_size,
+            one.launch.pipeline_model_parallel_size,
+            one.launch.context_parallel_size,
+            one.launch.expert_model_parallel_size,
+            one.launch.expert_tensor_parallel_size,
+        )
+        best.setdefault(sizes, one)
+    return list(best.values())
 
 
 def _fitting(config: Step35Config, launch: Launch, memory: int) -> Found | None:
