@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_run(parser.add_argument_group("batch, precision, optimizer"))
     parser.add_argument(
         "--gpu-memory",
-        type=float,
+        type=_positive,
         metavar="GIB",
         help="of a GPU; a layout that needs more gives exit status 1",
     )
@@ -51,6 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="list no more than so many")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> float:
+    """A finite number above 0.
+
+    Raises:
+        argparse.ArgumentTypeError: It is none.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text!r}")
+    return number
 
 
 def _add_layout(group: Any) -> None:
@@ -145,7 +160,7 @@ def _add_run(group: Any) -> None:
         "--transformer-impl",
         choices=("transformer_engine", "local"),
         default="transformer_engine",
-        help="whose activations (default: %(default)s)",
+        help="whose activations; of local, those on a CPU (default: %(default)s)",
     )
     group.add_argument("--mtp-num-layers", type=int, metavar="N", help="(default: the config's)")
     group.add_argument(
@@ -245,6 +260,8 @@ def launch_of(options: argparse.Namespace, config: Step35Config) -> Launch:
         micro_batch_size=options.micro_batch_size,
         global_batch_size=options.global_batch_size or data * options.micro_batch_size * pp,
         transformer_impl=options.transformer_impl,
+        # The local implementation is counted as it runs on a CPU.
+        bias_swiglu_fusion=options.transformer_impl != "local",
         cross_entropy_loss_fusion=options.cross_entropy_fusion_impl is not None,
         cross_entropy_fusion_impl=options.cross_entropy_fusion_impl or "native",
         precision=options.precision,

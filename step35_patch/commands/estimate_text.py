@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from step35_patch.commands.tables import print_table
-from step35_patch.costs.search import OPTIONS
+from step35_patch.costs.search import OPTIONS, best_of_sizes
 
 if TYPE_CHECKING:
     from step35_patch.costs.estimate import Estimate
@@ -36,14 +36,7 @@ def print_estimate(found: Estimate, gpu_memory: float | None) -> None:
         f"{launch.seq_length} tokens; {launch.precision}, {launch.optimizer}"
     )
     columns = (
-        "stage",
-        "layers",
-        "parameters",
-        "weights",
-        "gradients",
-        "optimizer",
-        "activations",
-        "all (GiB)",
+        *("stage", "layers", "parameters", "weights", "grads", "optim.", "activ.", "all"),
         "in flight",
     )
     rows = []
@@ -59,7 +52,11 @@ def print_estimate(found: Estimate, gpu_memory: float | None) -> None:
                 f"{rank.micro_batches:.2f}",
             )
         )
-    print_table("memory of a rank of each pipeline stage, in GiB", columns, rows)
+    print_table(
+        "a rank of each pipeline stage: memory in GiB, micro-batches in flight",
+        columns,
+        rows,
+    )
     total = sum(found.flops_per_token.values())
     print_table(
         "operations of a token, forward and backward",
@@ -102,6 +99,7 @@ def print_search(fitting: Sequence[Found], gpus: int, gpu_memory: float, limit: 
             "distributed optimizer and bf16 gradients: use more GPUs, or a shorter --seq-length"
         )
         return
+    every, fitting = len(fitting), best_of_sizes(fitting)
     used = [option for option in OPTIONS if any(option in one.needs for one in fitting)]
     for number, option in enumerate(used, 1):
         print(f"needs {number}: {option}")
@@ -125,4 +123,8 @@ def print_search(fitting: Sequence[Found], gpus: int, gpu_memory: float, limit: 
                 launch.pipeline_model_parallel_layout or "-",
             )
         )
-    print_table(f"{len(fitting)} layouts fit on {gpus} GPUs, best first", columns, rows)
+    print_table(
+        f"{every} layouts fit on {gpus} GPUs: {len(fitting)} sizes with their best VPP, best first",
+        columns,
+        rows,
+    )

@@ -14,18 +14,21 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         columns: Their heads.
         rows: As many cells each.
     """
+    print(f"\n{title}")
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     if not sys.stdout.isatty():
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        print(f"\n{title}")
         for row in (columns, *rows):
             print("  ".join(map(str.rjust, row, widths)).rstrip())
         return
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column, width in zip(columns, widths, strict=True):
+        # Where there is no room, the widest column is folded.
+        narrow = width < max(widths)
+        table.add_column(column, justify="right", overflow="fold", no_wrap=narrow)
     for row in rows:
         table.add_row(*row)
-    Console(markup=False).print(table)
+    Console(markup=False, highlight=False).print(table)

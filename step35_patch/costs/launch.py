@@ -223,6 +223,17 @@ def _even_parts(launch: Launch) -> Iterator[tuple[int, int]]:
     """How many decoder and MTP layers each stage has, of `get_num_layers_to_build`."""
     size = launch.pipeline_model_parallel_size
     chunks = launch.virtual_pipeline_model_parallel_size or 1
+    if size * chunks > launch.num_layers + 2:  # embedding and loss may be stages too
+        raise LaunchError(
+            [
+                Problem(
+                    "--pipeline-model-parallel-size",
+                    f"at most {launch.num_layers + 2} stages",
+                    f"{size} x {chunks}",
+                    "use fewer, or --pipeline-model-parallel-layout",
+                )
+            ]
+        )
     embedding = int(launch.account_for_embedding_in_pipeline_split)
     loss = int(launch.account_for_loss_in_pipeline_split)
     by_rank: list[int | None] = [None] * size
@@ -326,8 +337,9 @@ def from_arguments(args: Any) -> Launch:
         num_layers=args.num_layers,
         padded_vocab_size=args.padded_vocab_size,
         mtp_num_layers=args.mtp_num_layers or 0,
-        gate_layout=args.step35_gate_layout,
-        window=args.step35_window,
+        # Without a config of their own, the arguments have neither.
+        gate_layout=getattr(args, "step35_gate_layout", "headwise"),
+        window=getattr(args, "step35_window", "hf"),
         world_size=args.world_size,
         tensor_model_parallel_size=tensor,
         sequence_parallel=args.sequence_parallel and tensor > 1,

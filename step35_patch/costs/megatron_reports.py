@@ -11,13 +11,19 @@ from typing import Any
 
 from step35_patch.costs.accounting import training_flops
 from step35_patch.costs.estimate import peak_activations, weights_of_rank, whole_model
-from step35_patch.costs.launch import Stage, from_arguments, stages
+from step35_patch.costs.launch import Launch, Stage, from_arguments, stages
 from step35_patch.costs.optimizer_state import model_bytes
 from step35_patch.costs.schedule import held
 from step35_patch.costs.weights import Parameters, stage_weights
 from step35_patch.model.description import Step35Runtime
 
 _MEGABYTE = 1024**2
+
+
+def _launch(runtime: Step35Runtime, args: Any) -> Launch:
+    """What the arguments ask for, of a model that may have been described without them."""
+    asked = from_arguments(args)
+    return replace(asked, gate_layout=runtime.gate_layout, window=runtime.window)
 
 
 def num_floating_point_operations(
@@ -59,7 +65,7 @@ def rank_parameters(runtime: Step35Runtime, args: Any) -> list[Parameters]:
     Router biases are buffers, and not counted. What is whole on every tensor-parallel rank (norms,
     routers) counts on each; a stage with the MTP layers has a copy of the embedding.
     """
-    launch = from_arguments(args)
+    launch = _launch(runtime, args)
     found = stages(launch)
     return [
         Parameters.of(weights_of_rank(runtime.config, launch, found, pp))
@@ -94,7 +100,7 @@ def compute_weight_and_optimizer_memory(
     runtime: Step35Runtime, args: Any, verbose: bool = False
 ) -> float:
     """Bytes of weights, gradients and optimizer state of the most loaded rank (`model_bytes`)."""
-    launch = from_arguments(args)
+    launch = _launch(runtime, args)
     found, sizes, ranks = stages(launch), [], []
     for pp in range(launch.pipeline_model_parallel_size):
         weights = list(weights_of_rank(runtime.config, launch, found, pp))
@@ -114,7 +120,7 @@ def compute_weight_and_optimizer_memory(
 
 def _print_totals(runtime: Step35Runtime, args: Any) -> None:
     """The model's parameters, in the words of Megatron's report."""
-    config, launch = runtime.config, whole_model(from_arguments(args))
+    config, launch = runtime.config, whole_model(_launch(runtime, args))
     mtp_layers = launch.mtp_num_layers
     [stage] = stages(launch)
     of_block = Stage(pp=0, decoder_layers=stage.decoder_layers)
@@ -155,7 +161,7 @@ def compute_activation_memory(
         num_microbatches: of an iteration; None: enough to fill the pipeline.
         verbose: print each stage's share.
     """
-    launch = from_arguments(args)
+    launch = _launch(runtime, args)
     if num_microbatches is None:
         # No stage is further ahead than two micro-batches for each that is behind it.
         num_microbatches = 3 * launch.pipeline_model_parallel_size

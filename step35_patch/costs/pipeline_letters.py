@@ -18,7 +18,7 @@ _LETTERS = {"E", "t", "m", "L"}
 # A group in parentheses, then a single letter or bar; neither nests.
 _REPEATED = (re.compile(r"\(([^)]+)\)\*(\d+)"), re.compile(r"(.)\*(\d+)"))
 # More is no layout of any cluster, and the text that it stands for should not be made.
-_MOST_REPEATS = 10_000
+_LONGEST = 10_000
 
 
 def split_stages(letters: str) -> list[str]:
@@ -29,8 +29,9 @@ def split_stages(letters: str) -> list[str]:
     """
     text = letters.replace(",", "")
     for pattern in _REPEATED:
-        if any(len(count) > 4 or int(count) > _MOST_REPEATS for _, count in pattern.findall(text)):
-            raise LaunchError([_problem(letters, f"at most {_MOST_REPEATS - 1} repetitions")])
+        made = sum(len(part) * int(count[:9]) for part, count in pattern.findall(text))
+        if made > _LONGEST:
+            raise LaunchError([_problem(letters, f"no more than {_LONGEST} letters in the end")])
         text = pattern.sub(lambda match: match[1] * int(match[2]), text)
     if others := sorted(set(text) - _LETTERS - {"|"}):
         raise LaunchError([_problem(letters, f"E, t, m, L, | and repetitions, not {others[0]!r}")])

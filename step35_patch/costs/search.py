@@ -8,7 +8,8 @@ node and `_BETWEEN` beyond, none of it hidden behind computation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,7 +66,7 @@ class Found:
 
 
 def search(config: Step35Config, launch: Launch, *, gpus: int, memory: int) -> list[Found]:
-    """Every layout that fits, best first, each with the number of virtual stages that is best.
+    """Every layout that fits, best first.
 
     Options that save memory are added one by one, until a layout fits.
 
@@ -76,16 +77,29 @@ def search(config: Step35Config, launch: Launch, *, gpus: int, memory: int) -> l
         gpus: How many there are.
         memory: Bytes of each.
     """
-    found: list[Found] = []
-    for sizes in _candidates(config, launch, gpus):
-        fitting = [
-            one
-            for candidate in _with_stages(sizes)
-            if not launch_problems(config, candidate)
-            and (one := _fitting(config, candidate, memory)) is not None
-        ]
-        found += sorted(fitting, key=lambda one: one.score)[:1]
+    found = [
+        one
+        for sizes in _candidates(config, launch, gpus)
+        for candidate in _with_stages(sizes)
+        if not launch_problems(config, candidate)
+        and (one := _fitting(config, candidate, memory)) is not None
+    ]
     return sorted(found, key=lambda one: one.score)
+
+
+def best_of_sizes(found: Sequence[Found]) -> list[Found]:
+    """Of layouts that differ in their virtual stages alone, the first."""
+    best: dict[tuple[int, ...], Found] = {}
+    for one in found:
+        sizes = (
+            one.launch.tensor_model_parallel_size,
+            one.launch.pipeline_model_parallel_size,
+            one.launch.context_parallel_size,
+            one.launch.expert_model_parallel_size,
+            one.launch.expert_tensor_parallel_size,
+        )
+        best.setdefault(sizes, one)
+    return list(best.values())
 
 
 def _fitting(config: Step35Config, launch: Launch, memory: int) -> Found | None:
@@ -126,7 +140,7 @@ def _allowed(launch: Launch, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _candidates(config: Step35Config, launch: Launch, gpus: int) -> Iterator[Launch]:
     """Layouts with sizes that divide the GPUs, whether the model allows them or not."""
-    divisors = [size for size in range(1, gpus + 1) if gpus % size == 0]
+    divisors = _divisors(gpus)
     experts = config.moe_num_experts if config.use_moe else 1
     for pp in divisors:
         stage = gpus // pp
@@ -146,6 +160,12 @@ def _candidates(config: Step35Config, launch: Launch, gpus: int) -> Iterator[Lau
                             expert_model_parallel_size=ep,
                             expert_tensor_parallel_size=etp,
                         )
+
+
+def _divisors(number: int) -> list[int]:
+    """All of them, in their order."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def _with_stages(launch: Launch) -> Iterator[Launch]:

@@ -153,6 +153,20 @@ def test_activations_are_within_a_tenth_of_what_torch_allocates(tmp_path, mode, 
     assert all(abs(value) < 0.1 for value in off.values()), off
 
 
+def test_the_command_says_so(tmp_path, capsys):
+    from step35_patch.cli import main
+
+    (tmp_path / "config.json").write_text(json.dumps(small_config()))
+    words = ["estimate", str(tmp_path), "--seq-length", str(TOKENS), "--json"]
+    assert main([*words, "--transformer-impl", IMPLEMENTATION, "--recompute", "moe"]) == 0
+    [rank] = json.loads(capsys.readouterr().out)["ranks"]
+    asked = launch(True, **MODES["moe"])
+    if ON_TRANSFORMER_ENGINE:
+        asked = replace(asked, bias_swiglu_fusion=True)  # as on a GPU
+    config = Step35Config.from_dict(small_config())
+    assert rank["bytes"]["activations"] == round(stage_bytes(config, asked, *stages(asked)).peak)
+
+
 # --- By hand ------------------------------------------------------------------------------------
 
 

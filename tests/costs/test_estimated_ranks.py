@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from support import built_ranks
-from support.built_ranks import CASES, OPTIMIZERS
+from support.built_ranks import CASES, OPTIMIZERS, compare
 from support.once import once
+
+from step35_patch.costs.launch import Launch
+from step35_patch.costs.optimizer_state import model_bytes
+from step35_patch.costs.weights import Kind, Weight
 
 pytestmark = pytest.mark.megatron
 
@@ -16,16 +21,6 @@ pytestmark = pytest.mark.megatron
 def built(tmp_path_factory) -> dict:
     folder = once(tmp_path_factory, "built-ranks", built_ranks.make)
     return json.loads((folder / "built.json").read_text())
-
-
-def compare(found: dict, names: dict[str, str]) -> set[int]:
-    """Each built rank with the estimate of its stage, by two names of one thing; the stages."""
-    estimated = {rank["pp"]: rank for rank in found["estimate"]["ranks"]}
-    for rank in found["ranks"]:
-        of_stage = estimated[rank["pp"]]
-        for theirs, ours in names.items():
-            assert of_stage[ours] == rank[theirs], (rank["pp"], theirs)
-    return {rank["pp"] for rank in found["ranks"]}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -57,25 +52,35 @@ def test_gradients_and_the_optimizers_state_take_what_is_allocated(built, name):
             assert of_stage[rank["pp"]][what] == pytest.approx(rank[what], rel=off), what
 
 
-@pytest.mark.slow
-def test_the_published_models_ranks_are_those_that_are_built(tmp_path_factory):
-    """In the authors' layout, on the meta device; every parameter of the model is on some rank."""
-    folder = once(tmp_path_factory, "built-published-ranks", built_ranks.make_published)
-    [found] = json.loads((folder / "built.json").read_text()).values()
-    assert len(found["ranks"]) == 8
-    compare(
-        found,
-        {
-            "parameters": "parameters",
-            "expert_parameters": "expert_parameters",
-            "held": "micro_batches_in_flight",
-        },
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_whole_matrices_are_dealt_out_as_megatron_deals_them(ranks):
+    """By the layer-wise distributed optimizer, in one bucket."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+
+    deal = getattr(LayerWiseDistributedOptimizer, "_compute_per_buffer_param_layout", None)
+    if deal is None:
+        pytest.skip("this Megatron-Core deals matrices out without regard to their sizes")
+    matrices = [Weight(Kind.MATRIX, 64 * size) for size in (96, 90, 17, 64, 33)]
+    matrices.append(Weight(Kind.MATRIX, 64 * 24, count=19))
+    weights = [
+        torch.nn.Parameter(torch.empty(weight.elements // 64, 64, device="meta"))
+        for weight in matrices
+        for _ in range(weight.count)
+    ]
+    layout = deal(weights, None, ranks, DistributedDataParallelConfig())
+    [(start, end)] = layout.bucket_indices
+    loads = [0] * ranks
+    for first, last, _ in layout.param_index_map.values():
+        loads[(first - start) * ranks // (end - start)] += last - first
+    asked = Launch(
+        num_layers=1,
+        padded_vocab_size=1,
+        world_size=ranks,
+        optimizer="muon",
+        use_distributed_optimizer=True,
     )
-    embedding_copy = 128896 * 4096
-    total = sum(rank["parameters"] + 7 * rank["expert_parameters"] for rank in found["ranks"])
-    estimate = found["estimate"]
-    assert estimate["total_parameters"] == total - embedding_copy
-    assert estimate["total_parameters"] + estimate["router_biases"] == 199_384_301_376
+    assert model_bytes(matrices, asked).optimizer == 8 * max(loads)
 
 
 @pytest.mark.transformer_engine(only=True)
@@ -90,12 +95,7 @@ def test_the_published_models_ranks_are_those_that_are_built(tmp_path_factory):
 )
 def test_the_precision_aware_optimizers_state(types, bytes_of_weight):
     """Of Transformer Engine's FusedAdam, made as Megatron-Core makes it."""
-    import torch
     from transformer_engine.pytorch.optimizers import FusedAdam
-
-    from step35_patch.costs.launch import Launch
-    from step35_patch.costs.optimizer_state import model_bytes
-    from step35_patch.costs.weights import Kind, Weight
 
     named = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     dtypes = named | {"fp8": torch.uint8}

@@ -68,9 +68,9 @@ def test_pipeline_letters_are_read_as_megatron_reads_them(layout, legal):
         layers_of_stages(letters, size, layers, mtp)
 
 
-@pytest.mark.parametrize("letters", ["Et*9999999999L", "E(t)*99999L"])
+@pytest.mark.parametrize("letters", ["Et*9999999999L", "E(t)*99999L", "E(t*9999)*9999L"])
 def test_endless_repetitions_are_refused(letters):
-    with pytest.raises(LaunchError, match="repetitions"):
+    with pytest.raises(LaunchError, match="no more than 10000 letters"):
         virtual_size_of(letters, 1)
 
 
@@ -125,6 +125,11 @@ WRONG = [
     ({"use_precision_aware_optimizer": True}, "--use-precision-aware", "adam"),
     ({"pipeline_model_parallel_layout": "Ett|(tt|)*21t|mmL"}, "--pipeline-model", "3 MTP"),
     ({"pipeline_model_parallel_layout": None}, "--pipeline-model-parallel-size", "a divisor of 45"),
+    (
+        {"pipeline_model_parallel_layout": None, "pipeline_model_parallel_size": 10**12},
+        "--pipeline-model-parallel-size",
+        "at most 47 stages",
+    ),
 ]
 
 

@@ -314,6 +314,21 @@ def play(case: Case, config: Path) -> dict[str, Any]:
     }
 
 
+def compare(found: dict[str, Any], names: dict[str, str]) -> set[int]:
+    """Assert that each built rank is as its stage is estimated; returns the stages.
+
+    Args:
+        found: What `play` returned.
+        names: Of what is compared, among what is built and in the estimate.
+    """
+    estimated = {rank["pp"]: rank for rank in found["estimate"]["ranks"]}
+    for rank in found["ranks"]:
+        of_stage = estimated[rank["pp"]]
+        for built, ours in names.items():
+            assert of_stage[ours] == rank[built], (rank["pp"], built)
+    return {rank["pp"] for rank in found["ranks"]}
+
+
 def make(folder: Path) -> None:
     """Play `CASES` and `OPTIMIZERS` in a process of its own; what it finds goes to built.json."""
     _run(folder, "CASES", "OPTIMIZERS")
