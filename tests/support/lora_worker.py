@@ -346,6 +346,8 @@ def resume_one(bridge: AutoBridge, tokens: torch.Tensor, out: Path, peft: Any) -
     state = dist_checkpointing.load(of_adapters(resumed.sharded_state_dict()), out)
     resumed.load_state_dict(state, strict=False)
     assert torch.equal(losses([resumed], tokens), after)
+    # They are the parameters themselves.
+    state = {name: value.clone() for name, value in state.items() if torch.is_tensor(value)}
 
     # As a tool that knows Megatron-Core's own gate alone would have trained them.
     linear_qkv = "decoder.layers.1.self_attention.linear_qkv.adapter."
