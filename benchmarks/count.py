@@ -12,6 +12,8 @@ For the published shape bytes are counted at its own widths with few tokens and 
 give zeros there, as numbers do not matter), in which they are linear: the count of a third number
 of tokens and experts must come out exactly. Kernels do not depend on either.
 
+Not counted: --moe-permute-fusion, whose kernels are Triton's and do not run under the counter.
+
 The times are predicted, not measured: bytes and operations over the stated shares of an H100's
 3.35 TB/s and 989 TFLOP/s, one after the other. Nothing is said of launches, communication,
 optimizers or the first and last layers.
@@ -52,6 +54,8 @@ SHAPES = [
     Shape(FULL, "moe"),
     Shape(FULL, "moe", clamped=True),
 ]
+# What stands behind "ours" or "stock": the gate with a row for each channel; --moe-router-fusion.
+EXPANDED, GATE, FUSED = ", expanded gate", " + gate", ", fused router"
 # What an H100 does in a second, and the share of it that is taken to be reached.
 BANDWIDTH, OPERATIONS = 0.8 * 3.35e12, 0.6 * 989e12
 
@@ -90,9 +94,11 @@ def attention_flops(shape: Shape, sizes: Sizes, tokens: int) -> int:
 
 def build(shape: Shape, sizes: Sizes, implementation: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    if implementation == "ours":
-        return layers.ours(shape, sizes)
-    return layers.stock(shape, sizes, gate="gate" in implementation)
+    fused = layers.FUSED_ROUTER if implementation.endswith(FUSED) else {}
+    if implementation.startswith("ours"):
+        layout = "expanded" if implementation.endswith(EXPANDED) else "headwise"
+        return layers.ours(shape, sizes, gate_layout=layout, **fused)
+    return layers.stock(shape, sizes, gate=implementation.endswith(GATE), **fused)
 
 
 def count(
@@ -105,18 +111,21 @@ def count(
 ) -> Count:
     """Count a step of one layer; the second step, after what is made once."""
     table = None
-    if implementation != "ours":
+    if not implementation.startswith("ours"):
         table = (layers.rotary_table(shape, sizes, tokens),) * 2
     x = torch.randn(tokens, 1, sizes.hidden, dtype=torch.bfloat16, requires_grad=True)
     parameters = [p for p in layer.parameters() if p.requires_grad]
 
-    def step(counter: counting.Counter | None) -> dict[int, torch.Tensor]:
+    def step(counter: counting.Counter | None) -> list[tuple[int, list[int]]]:
         with contextlib.ExitStack() as stack:
             if counter is not None:
                 stack.enter_context(counter.counting("forward"))
                 stack.enter_context(counter.keeping())
             out = layer(hidden_states=x, attention_mask=None, rotary_pos_emb=table)[0]
-        kept = {} if counter is None else counter.kept(but=[x, *parameters])
+        tensors = {} if counter is None else counter.kept(but=[x, *parameters])
+        # Transformer Engine frees some of them in its backward.
+        kept = [(one.untyped_storage().nbytes(), [*one.shape]) for one in tensors.values()]
+        del tensors
         grad = torch.ones_like(out)
         with contextlib.nullcontext() if counter is None else counter.counting("backward"):
             torch.autograd.grad(out, [x, *parameters], grad, allow_unused=True)
@@ -133,8 +142,8 @@ def count(
                 f"  {row.phase:8} {row.name:36} {row.kernels} {row.read + row.written:>9}", end=""
             )
             print(f"  {row.shapes}")
-        for tensor in kept.values():
-            print(f"  kept     {tensor.untyped_storage().nbytes():>9}  {[*tensor.shape]}")
+        for size, dimensions in kept:
+            print(f"  kept     {size:>9}  {dimensions}")
     return Count(
         layer=shape.name,
         implementation=implementation,
@@ -147,7 +156,7 @@ def count(
         gemm_flops=forward.gemm_flops + backward.gemm_flops,
         attention_flops=attention_flops(shape, sizes, tokens),
         kept_tensors=len(kept),
-        kept_bytes=sum(x.untyped_storage().nbytes() for x in kept.values()),
+        kept_bytes=sum(size for size, _ in kept),
     )
 
 
@@ -220,7 +229,10 @@ def floor_count(like: Count, shape: Shape, sizes: Sizes) -> Count:
 
 
 def implementations(shape: Shape) -> tuple[str, ...]:
-    return ("ours",) if shape.clamped else ("ours", "stock", "stock + gate")
+    if shape.clamped:
+        return ("ours",)
+    gated = ("ours", f"ours{EXPANDED}", "stock", f"stock{GATE}")
+    return (*gated, f"ours{FUSED}", f"stock{FUSED}") if shape.mlp == "moe" else gated
 
 
 def seconds(found: Count) -> tuple[float, float]:
@@ -251,7 +263,7 @@ def show(found: list[Count]) -> None:
     for one in found:
         other, all_of_it = seconds(one)
         print(
-            f"{one.layer:22} {one.implementation:13} {one.tokens:6}: "
+            f"{one.layer:22} {one.implementation:20} {one.tokens:6}: "
             f"{one.forward_kernels:3} + {one.backward_kernels:3}, "
             f"{one.forward_bytes / 1e6:9.3f} + {one.backward_bytes / 1e6:9.3f}; "
             f"{one.kept_tensors:3}, {one.kept_bytes / 1e6:9.3f}; "

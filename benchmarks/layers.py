@@ -103,8 +103,11 @@ OPTIONS: dict[str, Any] = {
 }
 
 
+FUSED_ROUTER = {"moe_router_fusion": True}
+
+
 def ours(shape: Shape, sizes: Sizes, **overrides: Any) -> torch.nn.Module:
-    """Our layer."""
+    """Our layer; `overrides` are fields of its provider."""
     from step35_patch import Step35ModelProvider
 
     config = {
@@ -147,7 +150,7 @@ def ours(shape: Shape, sizes: Sizes, **overrides: Any) -> torch.nn.Module:
     return _layer(provider)
 
 
-def stock(shape: Shape, sizes: Sizes, gate: bool) -> torch.nn.Module:
+def stock(shape: Shape, sizes: Sizes, gate: bool, **overrides: Any) -> torch.nn.Module:
     """Megatron-Core's, without a clamp, with its own output gate or without any."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -183,6 +186,7 @@ def stock(shape: Shape, sizes: Sizes, gate: bool) -> torch.nn.Module:
         attention_output_gate=gate,
         **OPTIONS,
         **(moe if shape.mlp == "moe" else {}),
+        **overrides,
     )
     return _layer(config)
 

@@ -52,9 +52,11 @@ BATCHES=(
     --train-iters "${ITERATIONS:-1400}"
     --calculate-per-token-loss
 )
-# Muon for every matrix but embedding and output, Adam for the rest.
+# Muon for every matrix but embedding and output, Adam for the rest; each rank updates some of the
+# whole matrices. By `step35-patch estimate` the last stage still needs 98 GiB then, of which its four
+# losses' logits are the most: docs/estimate.md lists what brings it below 80.
 OPTIMIZER=(
-    --optimizer muon
+    --optimizer muon --use-distributed-optimizer
     --muon-momentum 0.95 --muon-nesterov
     --muon-coefficient-type polar_express --muon-num-ns-steps 6
     --muon-scale-mode spectral --muon-extra-scale-factor 0.2

@@ -255,8 +255,11 @@ def _memory_problem(report: Report, gpu_memory: float) -> Problem | None:
         f"{fullest.memory / _GIB:.1f} GiB on pipeline rank {fullest.pp}, "
         f"{parts[largest] / _GIB:.1f} of them {largest}",
         {
-            "activations": "recompute more (--recompute-granularity full --recompute-method "
-            "uniform --recompute-num-layers 1), or cut sequences by --context-parallel-size",
+            "activations": "cut sequences by --context-parallel-size, or use another layout "
+            "(step35-patch estimate --search lists those that fit)"
+            if report.estimate.launch.recompute_granularity == "full"
+            else "recompute more (--recompute-granularity full --recompute-method uniform "
+            "--recompute-num-layers 1), or cut sequences by --context-parallel-size",
             "optimizer": "add --use-distributed-optimizer, or use more ranks",
         }.get(largest, "use more --expert-model-parallel-size or --pipeline-model-parallel-size"),
     )
