@@ -57,6 +57,10 @@ def main() -> int:
     test.add_argument(
         "--quick", action="store_true", help="the newest Megatron-Core only, without the slow tests"
     )
+    canary = commands.add_parser(
+        "canary", help="hold another Megatron-Core (a checkout, a branch) against the package"
+    )
+    canary.add_argument("path", type=Path, help="a folder with a megatron in it")
     commands.add_parser("bench", help="run the benchmarks (further arguments go to them)")
     commands.add_parser("lint", help="check style and types only: ruff and mypy")
     commands.add_parser("setup", help="nothing else")
@@ -71,6 +75,8 @@ def main() -> int:
         ).returncode
     if arguments.command == "test":
         return test_all(rest, arguments.quick)
+    if arguments.command == "canary":
+        return canary(arguments.path.resolve(), rest)
     if arguments.command == "bench":
         return subprocess.run(
             [PYTHON, ROOT / "benchmarks" / "all.py", *rest], env=environment()
@@ -207,6 +213,34 @@ def test_all(arguments: list[str], quick: bool) -> int:
     if not clean:
         print("run: the tests ran, but style or types are wrong: see the top, or ./run lint")
     return int(not clean or broken or failed > 0 or passed == 0)
+
+
+def canary(path: Path, arguments: list[str]) -> int:
+    """What an upgrade to another Megatron-Core would need: what changed of what the package stands
+    on, and the quick tests that depend on Megatron-Core, on both implementations.
+    """
+    if not (path / "megatron" / "core").is_dir():
+        sys.exit(f"run: {path}: expected a folder with a megatron/core in it")
+    newest = next((VENV / "lib").glob("python*/site-packages"))
+    changes = [str(PYTHON), str(ROOT / "tools" / "megatron_changes.py"), str(newest), str(path)]
+    print("== changes of what is relied on, from the newest tested Megatron-Core", flush=True)
+    subprocess.run(changes, env=environment(), check=True)
+    counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
+    only = ["megatron", "not slow"]
+    for implementation, folders in (
+        ("local", [path]),
+        ("transformer_engine", [TRANSFORMER_ENGINE, path]),
+    ):
+        variables = environment(*folders) | {
+            IMPLEMENTATION: implementation,
+            "STEP35_ALLOW_UNTESTED": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        marks = [*only, *([implementation] if implementation == "transformer_engine" else [])]
+        run_tests(f"{path.name}, {implementation}", variables, marks, arguments, counts)
+    failed = counts["failures"] + counts["errors"]
+    print(f"{counts['tests'] - failed - counts['skipped']} passed, {failed} failed")
+    return int(failed > 0)
 
 
 def lint() -> bool:

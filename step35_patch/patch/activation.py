@@ -33,6 +33,7 @@ from step35_patch.settings import Step35ActivationError
 
 if TYPE_CHECKING:
     from step35_patch.config.model import Step35Config
+    from step35_patch.patch.contract import Drift
     from step35_patch.patch.status import Status, TargetStatus
 
 # The module that site runs through a1_step35_patch.pth (or .start) when an interpreter starts.
@@ -214,11 +215,13 @@ def _check(module: ModuleType) -> None:
         Step35ActivationError: Megatron-Core is untested, or a required target is missing.
         Step35ConfigError: The config is not usable.
     """
-    from step35_patch.patch import patcher
+    from step35_patch.patch import contract, patcher
 
     try:
         check_version(module.__name__)
-        _check_targets(module, patcher.missing(module, _targets_of(module.__name__)))
+        targets = _targets_of(module.__name__)
+        _check_targets(module, patcher.missing(module, targets))
+        _check_contract(module, contract.drifts(module, targets))
         settings.active()
     except Exception as error:
         _refusals[module.__name__] = str(error)
@@ -245,6 +248,21 @@ def _check_targets(module: ModuleType, missing: list[Target]) -> None:
         f"{module.__name__}: expected {', '.join(names)}, found no such name in Megatron-Core "
         f"{megatron_version()} (tested: {TESTED}). Install a tested one "
         f"(pip install 'megatron-core{TESTED}') or look for a newer step35-patch.",
+        name=module.__name__,
+    )
+
+
+def _check_contract(module: ModuleType, drifts: Sequence[Drift]) -> None:
+    if not drifts:
+        return
+    shown = "; ".join(drift.what for drift in drifts)
+    known = f"Megatron-Core {megatron_version()} is not what step35_patch knows ({TESTED})"
+    if os.environ.get("STEP35_ALLOW_UNTESTED") == "1" and all(drift.reports for drift in drifts):
+        warn(f"{module.__name__}: {known}: {shown}; going on, because only reports depend on it")
+        return
+    raise Step35ActivationError(
+        f"{module.__name__}: {known}: {shown}. Install a released one (pip install "
+        f"'megatron-core{TESTED}'), or look for a newer step35-patch.",
         name=module.__name__,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import importlib.util
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -137,6 +138,15 @@ def gpt_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) 
     mtp.check_embedding_group(instance)
     check_model(instance, runtime)
     announce(runtime, instance.config, instance.vocab_size)
+
+
+def is_inference_column_parallel_linear(
+    wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
+) -> Any:
+    """Without Transformer Engine there are no such layers; Megatron-Core's `isinstance` fails."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
+    return wrapped(*args, **kwargs)
 
 
 def gpt_model_sharded_state_dict(

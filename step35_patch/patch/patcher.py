@@ -68,6 +68,12 @@ def missing(module: ModuleType, targets: Iterable[Target]) -> list[Target]:
     return [target for target in targets if _find(module, target.attribute)[2] is _MISSING]
 
 
+def find(module: ModuleType, attribute: str) -> Any:
+    """What a module defines as "name" or "Class.name", wrapped or not; None if it does not."""
+    found = _find(module, attribute)[2]
+    return None if found is _MISSING else found
+
+
 def patch_of(target: Target) -> Patch | None:
     """The latest patch of a target, or None if there never was one."""
     return next((patch for patch in reversed(_patches) if patch.target == target), None)
