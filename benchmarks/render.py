@@ -68,8 +68,9 @@ def where(rows: Sequence[Row]) -> str:
     def values(column: str) -> str:
         return " and ".join(sorted({row[column] for row in rows if row.get(column)}))
 
-    parts = [values("date"), values("device")]
-    parts.append(plural(values("threads"), "thread"))
+    parts = [value for column in ("date", "device") if (value := values(column))]
+    if threads := values("threads"):  # counts are of none
+        parts.append(plural(threads, "thread"))
     if clock := values("clock"):
         parts.append(f"{clock} time")
     if rounds := max(int(row.get("rounds", 0)) for row in rows):
