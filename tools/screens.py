@@ -84,7 +84,8 @@ SCREENS |= {
         (
             *("estimate", CONFIG, "--pp", "8", "--cp", "8", "--ep", "8", "--etp", "1"),
             *("--pipeline-layout", "Ett|(tt|)*21t|mmmL", "--seq-length", "131072"),
-            *("--optimizer", "muon", "--recompute", "full", "--gpu-memory", "80"),
+            *("--optimizer", "muon", "--use-distributed-optimizer", "--recompute", "full"),
+            *("--gpu-memory", "80"),
         ),
         "What the authors' layout costs on 64 GPUs.",
     ),
