@@ -23,6 +23,10 @@ class Shell(Protocol):
         """A word's text."""
 
 
+# Of bash's numbers.
+_BITS = 64
+
+
 def _quotient(left: int, right: int) -> int:
     """Towards zero, as in C."""
     return abs(left) // abs(right) * (1 if (left < 0) == (right < 0) else -1)
@@ -108,7 +112,10 @@ def _binary(node: Node, shell: Shell) -> int | None:
     left = evaluate(first, shell)
     if left is None or right is None or (sign in "/%" and right == 0):
         return None
-    return int(_BINARY[sign](left, right))
+    if sign in ("**", "<<", ">>") and not 0 <= right < _BITS:
+        return None
+    result = int(_BINARY[sign](left, right))
+    return result if result.bit_length() < _BITS else None  # bash's would run over
 
 
 def _assigned(name: str, sign: str, value: int | None, shell: Shell) -> int | None:

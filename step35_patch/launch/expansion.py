@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from step35_patch.launch import arithmetic
 from step35_patch.launch.errors import UnreadableLaunch
-from step35_patch.launch.scope import Scope, Value
+from step35_patch.launch.scope import MOST_ENTRIES, Scope, Value
 from step35_patch.launch.syntax import line, text
 from step35_patch.launch.values import split, unknown, unknowns
 
@@ -351,7 +351,8 @@ class Expander:
                 numbers = [int(bound) for bound in bounds]
                 begin = 1 if len(numbers) == 1 else numbers[0]
                 step = numbers[1] if len(numbers) == 3 else 1
-                return "\n".join(map(str, range(begin, numbers[-1] + 1, step or 1)))
+                counted = range(begin, numbers[-1] + 1, step or 1)
+                return "\n".join(map(str, counted)) if len(counted) < MOST_ENTRIES else None
         return None
 
     def _path(self, path: str) -> str:
@@ -428,6 +429,8 @@ def _range(node: Node) -> list[str]:
     if not (first.lstrip("-").isdigit() and last.lstrip("-").isdigit()):
         return [unknown(text(node))]
     begin, end = int(first), int(last)
+    if abs(end - begin) > MOST_ENTRIES:
+        return [unknown(text(node))]
     step = 1 if end >= begin else -1
     return [str(number) for number in range(begin, end + step, step)]
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from step35_patch.launch.errors import UnreadableLaunch
 from step35_patch.launch.values import unknown, unknowns
+
+# More than a launch script has in a variable; what doubles itself in a loop would take all memory.
+_MOST_CHARACTERS, MOST_ENTRIES = 2**20, 10_000
 
 # A string, an indexed array or an associative one.
 Value = str | list[str] | dict[str, str]
@@ -99,6 +103,9 @@ class Scope:
             value = _joined(self.variables.get(name), value)
         elif isinstance(value, str) and isinstance(old := self.variables.get(name), list):
             value = [value, *old[1:]]
+        pieces = [value] if isinstance(value, str) else list(value)
+        if len(pieces) > MOST_ENTRIES or sum(map(len, pieces)) > _MOST_CHARACTERS:
+            raise UnreadableLaunch(f"{self.script}: the variable {name} grows beyond what is read")
         self.variables[name] = value
 
     def set_entry(self, name: str, index: str, value: str, *, append: bool = False) -> None:

@@ -19,7 +19,7 @@ from step35_patch.launch import arithmetic, conditions
 from step35_patch.launch.control_flow import ControlFlow, Leave, place
 from step35_patch.launch.errors import UnreadableLaunch
 from step35_patch.launch.expansion import Expander, arguments_of
-from step35_patch.launch.scope import Scope
+from step35_patch.launch.scope import MOST_ENTRIES, Scope
 from step35_patch.launch.sources import batch_variables, read_source
 from step35_patch.launch.syntax import parse, text
 from step35_patch.launch.values import shown, unknown, unknowns
@@ -125,10 +125,10 @@ class _Reader(ControlFlow):
             found = "" if value is None else shell.value(value)
             if isinstance(scope.find(name), dict):
                 scope.set_entry(name, shell.value(index), found, append=append)
-            elif (number := arithmetic.evaluate(index, shell)) is not None and number >= 0:
+            elif (number := arithmetic.evaluate(index, shell)) in range(MOST_ENTRIES):
                 scope.set_entry(name, str(number), found, append=append)
             else:
-                self.note(node, scope, "an index that is not known")
+                self.note(node, scope, "an index that is not known, or too large")
             return True
         name = text(target)
         if value is not None and value.type == "array":

@@ -137,9 +137,21 @@ def test_nothing_is_run(tmp_path):
     assert not mark.exists()
 
 
+def test_what_would_take_all_memory_is_not_computed(tmp_path):
+    [call], notes = read(
+        tmp_path,
+        "A[1000000000]=1; B=$((2**1000000000)); C=$((1<<400)); D=$(seq 1000000000)\n"
+        'python {1..1000000000} "$B" "$C" "$D" $((9223372036854775807*4))\n',
+    )
+    assert all(unknowns(word) for word in call.words[1:])
+    assert len(notes) == 1
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("A=xxxxxxxx; for i in {1..60}; do A=$A$A; done", "the variable A grows beyond"),
+        ("A=(1 2); while true; do A+=(${A[@]}); done", "the variable A grows beyond"),
         ("while :; do :; done", "a loop without an end"),
         ("a() { a; }; a", "the function a calls itself"),
         ('bash "$0"', "it starts itself"),
