@@ -302,7 +302,7 @@ def as_json(found: Estimate, gpu_memory: float | None) -> dict[str, Any]:
     flops = {part: round(count) for part, count in found.flops_per_token.items()}
     return {
         "total_parameters": found.total_parameters,
-        "router_biases": found.router_biases,
+        "buffer_elements": found.router_biases,  # the routers' biases
         "ranks": [_rank_json(rank) for rank in found.ranks],
         "flops_per_token": {"total": round(sum(found.flops_per_token.values())), **flops},
         "memory": found.memory,

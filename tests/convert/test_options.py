@@ -186,7 +186,7 @@ def test_changes_of_the_config_are_accepted_by_field(case, tmp_path, capsys):
     assert main([*to_hf, str(other), "--accept-changed", "sliding_window", "rope_theta"]) == 1
     assert "rope_theta: expected a field that differs, found none" in capsys.readouterr().err
     assert main([*to_hf, str(other), "--accept-changed", "head_dim"]) == 1
-    assert "found head_dim: tensors have other shapes" in capsys.readouterr().err
+    assert "found head_dim; tensors have other shapes" in capsys.readouterr().err
     assert main([*to_hf, str(other), "--accept-changed", "sliding_window"]) == 0
     assert "accepted: sliding_window: 8 in the checkpoint, 9 in" in capsys.readouterr().err
     assert_same(read(tmp_path / "back"), weights)

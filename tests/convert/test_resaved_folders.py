@@ -67,7 +67,7 @@ def test_conversion_there_and_back(saved, tmp_path, capsys):
 @pytest.mark.megatron
 def test_verify_takes_it(saved, capsys):
     words = ["verify", str(saved.folder), "--length", str(LENGTH)]
-    assert main(words) == 1
+    assert main(words) == 2
     assert "--accept-rounded-router-bias" in capsys.readouterr().err
     assert main([*words, "--no-mtp", "--accept-rounded-router-bias"]) == 0
     assert "AGREE" in capsys.readouterr().out

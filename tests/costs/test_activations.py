@@ -22,7 +22,7 @@ from step35_patch.costs.activations import stage_bytes
 from step35_patch.costs.estimate import peak_activations
 from step35_patch.costs.launch import Launch, Stage, stages
 
-pytestmark = [pytest.mark.megatron, pytest.mark.transformer_engine]
+pytestmark = pytest.mark.transformer_engine
 
 TOKENS = 256
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

@@ -14,8 +14,6 @@ from step35_patch.costs.launch import Launch
 from step35_patch.costs.optimizer_state import model_bytes
 from step35_patch.costs.weights import Kind, Weight
 
-pytestmark = pytest.mark.megatron
-
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict:

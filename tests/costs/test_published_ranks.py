@@ -27,4 +27,4 @@ def test_the_published_models_ranks_are_those_that_are_built(tmp_path):
     total = sum(rank["parameters"] + 7 * rank["expert_parameters"] for rank in found["ranks"])
     estimate = found["estimate"]
     assert estimate["total_parameters"] == total - embedding_copy
-    assert estimate["total_parameters"] + estimate["router_biases"] == 199_384_301_376
+    assert estimate["total_parameters"] + estimate["buffer_elements"] == 199_384_301_376

@@ -56,7 +56,7 @@ def test_missing_package_is_named(folder, monkeypatch):
         "find_spec",
         lambda name, *more: None if name == "emerging_optimizers" else find_spec(name, *more),
     )
-    with pytest.raises(ImportError, match=r"not installed: pip install 'step35-patch\[muon\]'"):
+    with pytest.raises(ImportError, match=r"not installed; pip install 'step35-patch\[muon\]'"):
         optimizer_of(build(folder))
 
 
@@ -117,7 +117,7 @@ def _stock_weights(steps: int = 2) -> list[torch.Tensor]:
         ("--optimizer muon --muon-no-split-qkv", "--muon-split-qkv: expected True, found False"),
         (
             "--step35-decay-1d --weight-decay 0",
-            "--step35-decay-1d: expected a --weight-decay with it, found 0",
+            "--weight-decay: expected more than 0 with --step35-decay-1d, found 0",
         ),
         (
             "--step35-decay-1d --apply-wd-to-qk-layernorm",
@@ -138,11 +138,11 @@ def test_distributed_muon_needs_bf16(parse):
     if not hasattr(args, "use_layer_wise_param_layout"):
         pytest.skip("this Megatron-Core makes it in fp32 too")
     with pytest.raises(
-        Step35ArgumentError, match="--optimizer dist_muon: expected --bf16 with a distrib"
+        Step35ArgumentError, match="--bf16: expected it with --optimizer dist_muon and a distrib"
     ):
         parse(*"--optimizer dist_muon".split(), config=tiny_config())
     with pytest.raises(
-        Step35ArgumentError, match="--optimizer muon: expected --bf16 with a distributed"
+        Step35ArgumentError, match="--bf16: expected it with --optimizer muon and a distributed"
     ):
         parse(*"--optimizer muon --use-distributed-optimizer".split(), config=tiny_config())
 
