@@ -57,7 +57,6 @@ LAYOUTS = {
         1,
         "--recompute-granularity selective --recompute-modules core_attn moe mlp",
     ),
-    "tp4": (4, "--tensor-model-parallel-size 4 --sequence-parallel"),
     "tp2 ep2 etp1": (
         4,
         "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2 "
