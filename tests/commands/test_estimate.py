@@ -33,7 +33,7 @@ def test_json_has_the_promised_keys(estimate):
     status, out, err = estimate(LAYOUT, RUN, "--precision bf16 --recompute full --json")
     assert (status, err) == (0, "")
     found = json.loads(out)
-    assert found["total_parameters"] == 199_384_301_376 - found["router_biases"]
+    assert found["total_parameters"] == 199_384_301_376 - found["buffer_elements"]
     assert [(rank["pp"], rank["tp"], rank["ep"]) for rank in found["ranks"]] == [
         (stage, 0, 0) for stage in range(8)
     ]
