@@ -214,7 +214,7 @@ def launch_of(options: argparse.Namespace, config: Step35Config) -> Launch:
     Raises:
         SystemExit: A value that is none (status 2).
     """
-    from step35_patch.costs.launch import Launch, LaunchError, virtual_size_of
+    from step35_patch.costs.launch import Launch, LaunchError, fewest_ranks, virtual_size_of
 
     numbers = {
         name: value
@@ -226,7 +226,9 @@ def launch_of(options: argparse.Namespace, config: Step35Config) -> Launch:
             _wrong(f"--{name.replace('_', '-')}: expected a positive number, found {value}")
     tp, pp, cp, ep = options.tp or 1, options.pp or 1, options.cp or 1, options.ep or 1
     etp = options.etp or tp
-    gpus = options.gpus or pp * math.lcm(tp * cp, etp * ep)
+    gpus = options.gpus or fewest_ranks(
+        tensor=tp, pipeline=pp, context=cp, expert=ep, expert_tensor=etp
+    )
     virtual = None if options.vpp == 1 else options.vpp
     if options.pipeline_layout is not None:
         try:

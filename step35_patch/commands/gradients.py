@@ -22,11 +22,11 @@ from step35_patch.arguments import CPU_ARGUMENTS
 from step35_patch.commands.demo import example_script
 from step35_patch.commands.demo_training import DemoError
 from step35_patch.config.model import Step35Config
-from step35_patch.launch.shrinking import shrunk
+from step35_patch.costs.launch import fewest_ranks
+from step35_patch.launch.shrinking import length_for, shrunk
 
 # Of each gradient, as a part of its largest value; found are some 1e-6.
 TOLERANCE = 1e-3
-_LENGTH = 48
 _MICRO_BATCHES = 4  # at least: two can hide a broken pipeline schedule
 
 # What says how a model is trained and not what is computed: left out of the run with one process.
@@ -103,16 +103,11 @@ def read_layout(arguments: list[str], processes: int | None) -> Layout:
         for name in ("tensor_model", "pipeline_model", "context", "expert_model")
     )
     etp = int(known.expert_tensor_parallel_size or tp)
-    fewest = math.lcm(tp * pp * cp, etp * ep * pp)
+    fewest = fewest_ranks(tensor=tp, pipeline=pp, context=cp, expert=ep, expert_tensor=etp)
     count = fewest if processes is None else processes
     if count % fewest:
         raise GradientsError(f"--processes: expected a multiple of {fewest}, found {count}")
     return Layout(arguments, others, count, count // (tp * pp * cp), tp, pp, cp, ep)
-
-
-def _length(layout: Layout) -> int:
-    part = math.lcm(2 * layout.cp, layout.tp)
-    return -(-_LENGTH // part) * part
 
 
 @dataclass(frozen=True)
@@ -149,7 +144,7 @@ def run(hf_dir: str, arguments: list[str], processes: int | None) -> int:
                 Step35Config.from_pretrained(hf_dir),
                 tensor=layout.tp,
                 expert=layout.ep,
-                length=_length(layout),
+                length=length_for(tensor=layout.tp, context=layout.cp),
             )
         )
         with tempfile.TemporaryDirectory(prefix="step35-gradients-") as folder:
@@ -178,7 +173,8 @@ def _compare(config: Step35Config, layout: Layout, folder: Path) -> int:
     ):
         out = folder / name.split()[0]
         samples = micro_batches * layout.replicas
-        runs[name] = _train(folder, out, count, samples, _length(layout), words)
+        length = length_for(tensor=layout.tp, context=layout.cp)
+        runs[name] = _train(folder, out, count, samples, length, words)
     for name, wanted in runs["one process"].items():
         print(_line(name, runs["layout"].get(name, math.nan), wanted))
     print(_line("norm of these gradients", _norm(folder / "layout"), _norm(folder / "one")))

@@ -8,6 +8,7 @@ read by Megatron-Core's own parser.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -312,6 +313,13 @@ def _undivided(launch: Launch, left: int, others: int, *, uneven: bool) -> Probl
 
 def _words(counts: list[int]) -> str:
     return ", ".join(map(str, sorted(set(counts))))
+
+
+def fewest_ranks(
+    *, tensor: int, pipeline: int, context: int, expert: int, expert_tensor: int
+) -> int:
+    """The smallest number of ranks that has these parallel sizes; all others are multiples."""
+    return pipeline * math.lcm(tensor * context, expert * expert_tensor)
 
 
 def from_arguments(args: Any) -> Launch:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,14 @@ from step35_patch.arguments import megatron_options
 from step35_patch.config.model import Step35Config
 from step35_patch.config.problem import Problem
 from step35_patch.costs.estimate import Estimate, estimate
-from step35_patch.costs.launch import Launch, LaunchError, Stage, from_arguments, stages
+from step35_patch.costs.launch import (
+    Launch,
+    LaunchError,
+    Stage,
+    fewest_ranks,
+    from_arguments,
+    stages,
+)
 from step35_patch.costs.layout_problems import launch_problems
 from step35_patch.launch.command import TrainingCommand
 from step35_patch.launch.parsing import read_arguments, without_options
@@ -214,7 +220,11 @@ def _imports_package(program: str) -> bool:
 
 def _lay_out(args: Any, config: Step35Config, report: Report) -> None:
     """Which layers are where, and what it costs; what stands in the way is a problem."""
-    if args.seq_length is None or args.micro_batch_size is None:
+    sizes = (
+        *(args.tensor_model_parallel_size, args.pipeline_model_parallel_size),
+        *(args.context_parallel_size, args.micro_batch_size or 0),
+    )
+    if args.seq_length is None or min(sizes) < 1:  # said already; nothing can be divided by them
         return
     try:
         launch = from_arguments(args)
@@ -223,7 +233,16 @@ def _lay_out(args: Any, config: Step35Config, report: Report) -> None:
         return
     known = {problem.argument for problem in report.problems}
     if not args.world_size:  # said already; a number that all sizes go into
-        launch = dataclasses.replace(launch, world_size=_fewest_processes(launch))
+        launch = dataclasses.replace(
+            launch,
+            world_size=fewest_ranks(
+                tensor=launch.tensor_model_parallel_size,
+                pipeline=launch.pipeline_model_parallel_size,
+                context=launch.context_parallel_size,
+                expert=launch.expert_model_parallel_size,
+                expert_tensor=launch.expert_tensor_parallel_size,
+            ),
+        )
     report.problems += [
         problem for problem in launch_problems(config, launch) if problem.argument not in known
     ]
@@ -232,12 +251,6 @@ def _lay_out(args: Any, config: Step35Config, report: Report) -> None:
     if not report.problems:
         report.launch = launch
         report.estimate = estimate(config, launch)
-
-
-def _fewest_processes(launch: Launch) -> int:
-    experts = launch.expert_model_parallel_size * launch.expert_tensor_parallel_size
-    dense = launch.tensor_model_parallel_size * launch.context_parallel_size
-    return math.lcm(dense, experts) * launch.pipeline_model_parallel_size
 
 
 def _memory_problem(report: Report, gpu_memory: float) -> Problem | None:

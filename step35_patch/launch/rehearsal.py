@@ -9,21 +9,19 @@ from __future__ import annotations
 import dataclasses
 import glob
 import importlib.util
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from step35_patch.config.model import Step35Config
-from step35_patch.costs.launch import Launch, LaunchError, Stage, stages
+from step35_patch.costs.launch import Launch, LaunchError, Stage, fewest_ranks, stages
 from step35_patch.launch.parsing import argument_groups, megatron_parser
-from step35_patch.launch.shrinking import shrunk, with_layers
+from step35_patch.launch.shrinking import length_for, shrunk, with_layers
 from step35_patch.launch.values import unknowns
 
 # Iterations until the checkpoint, and until the end of the run that resumes from it.
 SAVED_AT, ITERATIONS = 3, 5
-_LENGTH = 48  # beyond the shrunk window, and beyond where RoPE is scaled
 _MOST_LAYERS_OF_A_STAGE, _MOST_MTP_LAYERS = 2, 2
 
 # What is replaced by the plan's own, or of no use in it, by Megatron's names.
@@ -52,7 +50,7 @@ _CHECKPOINTS = (
     *("ckpt_step", "exit_on_missing_checkpoint", "no_load_optim", "no_load_rng", "async_save"),
     *("non_persistent_save_interval", "non_persistent_ckpt_type", "non_persistent_local_ckpt_dir"),
     *("use_checkpoint_args", "use_checkpoint_opt_param_scheduler", "no_save_optim", "no_save_rng"),
-    *("override_opt_param_scheduler", "override_opt_param_scheduler", "step35_accept_changed"),
+    *("override_opt_param_scheduler", "step35_accept_changed"),
     *("use_persistent_ckpt_worker", "ckpt_fully_parallel_load"),
 )
 _DATA = (
@@ -125,8 +123,9 @@ def plan(config: Step35Config, launch: Launch, arguments: Sequence[str], process
     small = _laid_out(
         dataclasses.replace(small, num_layers=len(decoder), mtp_num_layers=mtp), chosen
     )
-    part = math.lcm(2 * small.context_parallel_size, small.tensor_model_parallel_size)
-    length = -(-_LENGTH // part) * part
+    length = length_for(
+        tensor=small.tensor_model_parallel_size, context=small.context_parallel_size
+    )
     document = shrunk(
         with_layers(config, decoder, mtp),
         tensor=small.tensor_model_parallel_size,
@@ -210,11 +209,13 @@ def _fewer_ranks(launch: Launch, most: int) -> Launch:
 
 
 def _world(sizes: dict[str, int]) -> int:
-    """The fewest ranks that have these parallel sizes."""
-    pipeline = sizes["pipeline_model_parallel_size"]
-    experts = sizes["expert_model_parallel_size"] * sizes["expert_tensor_parallel_size"]
-    dense = sizes["tensor_model_parallel_size"] * sizes["context_parallel_size"]
-    return math.lcm(dense * pipeline, experts * pipeline)
+    return fewest_ranks(
+        tensor=sizes["tensor_model_parallel_size"],
+        pipeline=sizes["pipeline_model_parallel_size"],
+        context=sizes["context_parallel_size"],
+        expert=sizes["expert_model_parallel_size"],
+        expert_tensor=sizes["expert_tensor_parallel_size"],
+    )
 
 
 def _chosen_stages(config: Step35Config, launch: Launch, small: Launch) -> Iterator[Stage]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from step35_patch.config.aliases import canonical
 from step35_patch.config.model import Step35Config
 
+_LENGTH = 48
 # Lists with an entry for each layer, the MTP layers' last.
 _BY_LAYER = (
     *("layer_types", "rope_theta", "partial_rotary_factors"),
     *("swiglu_limits", "swiglu_limits_shared"),
 )
+
+
+def length_for(*, tensor: int, context: int) -> int:
+    """Tokens of a sample, beyond a shrunk model's window, that a layout can cut."""
+    part = math.lcm(2 * context, tensor)
+    return -(-_LENGTH // part) * part
 
 
 def with_layers(config: Step35Config, decoder: Sequence[int], mtp: int) -> Step35Config:

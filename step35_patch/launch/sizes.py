@@ -45,8 +45,11 @@ def sample_problems(args: Any, config: Step35Config) -> Iterator[Problem]:
         args: Megatron's parsed arguments, with the config's shapes filled in.
         config: the model.
     """
-    if args.micro_batch_size is None:
-        yield Problem("--micro-batch-size", "1 or more", "none", "give it")
+    micro = args.micro_batch_size
+    if micro is None or micro < 1:
+        yield Problem(
+            "--micro-batch-size", "1 or more", "none" if micro is None else f"{micro}", "give it"
+        )
     length, most = args.seq_length, args.max_position_embeddings
     if length is None:
         yield Problem("--seq-length", "tokens of a sample", "none", "give it")
