@@ -119,8 +119,9 @@ def check(
     report.notes += recipe_notes(args, given, config)
     _lay_out(args, config, report)
     flagged = {name for p in report.problems for name in p.argument.split(", ")}
-    if "--pipeline-model-parallel-size" in flagged:
-        flagged.add("--world-size")  # which Megatron-Core divides by it
+    divisors = {f"--{name}-parallel-size" for name in ("tensor-model", "pipeline-model", "context")}
+    if divisors & flagged:
+        flagged.add("--world-size")  # which Megatron-Core divides by them
     if gpu_memory is not None and (problem := _memory_problem(report, gpu_memory)) is not None:
         report.problems.append(problem)
     if args.world_size:

@@ -38,6 +38,9 @@ declare -A M=([a]=1 [b]=2); M[c]=3
 python ${M[a]}${M[c]} "${X-unset}" "${MODEL%/*}" "${MODEL^^}"
 { python x; (cd /usr && python "$PWD"); python "$PWD"; } > /dev/null 2>&1
 [ -z "${Q:-}" ] && Q=1 || Q=2
+[ "$Q" != "1" ] && Q=4
+[[ "$OUT" != /o* ]] || Q+=5
+[ "$Q" -lt 45 ] || Q+=6
 python $Q $((Q+1 > 2 ? 5 : 7)) $(( (3+4)*2 % 5 ))
 cat <<EOF > /dev/null
 torchrun not
