@@ -123,6 +123,13 @@ REFUSED_OPTIONS: tuple[RefusedOption, ...] = (
         "Step-3.5 generates with Megatron-Core's static context only",
         _ARGUMENT,
     ),
+    RefusedOption(
+        "perform_rl_step",
+        (False,),
+        "its rollouts generate with a dynamic context, which Step-3.5's layers do not know "
+        "(docs/frameworks.md has trainers whose rollouts are made elsewhere)",
+        _ARGUMENT,
+    ),
     RefusedOption("cuda_graph_impl", ("none", None), _CUDA_GRAPHS),
     RefusedOption("external_cuda_graph", (False,), _CUDA_GRAPHS),
     RefusedOption("enable_cuda_graph", (False,), _CUDA_GRAPHS),

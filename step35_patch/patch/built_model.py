@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -12,11 +13,30 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from step35_patch._version import __version__
 from step35_patch.model.attention import Step35SelfAttention
-from step35_patch.model.description import Step35Runtime
+from step35_patch.model.description import Step35Runtime, runtime_for
 from step35_patch.model.layer import Step35DecoderLayer
 from step35_patch.model.named_options import differences
 from step35_patch.model.swiglu import ClampedSwiGLU
 from step35_patch.tensors.qkv_layout import QkvLayout
+
+
+def refuse_other_kind(model: torch.nn.Module, config: TransformerConfig) -> None:
+    """Raise NotImplementedError where a model that is no GPTModel is made from a Step-3.5 config.
+
+    Megatron-Core would build it of its own layers, which know nothing of Step-3.5's.
+
+    Args:
+        model: the model, before its constructor has run.
+        config: of its language model.
+    """
+    if isinstance(model, GPTModel) or runtime_for(config) is None:
+        return
+    name = type(model).__name__
+    raise NotImplementedError(
+        f"{name}: expected a GPTModel for the Step-3.5 config, whose layers step35_patch "
+        f"exchanges; those of {name} would be Megatron-Core's own. Train with pretrain_gpt.py, or "
+        "leave step35_patch out of this program"
+    )
 
 
 def check_model(model: torch.nn.Module, runtime: Step35Runtime) -> None:

@@ -40,7 +40,7 @@ from step35_patch.patch.agreement import (
     check_ranks_agree,
     recorded_by_bridge,
 )
-from step35_patch.patch.built_model import announce, check_model
+from step35_patch.patch.built_model import announce, check_model, refuse_other_kind
 from step35_patch.patch.notices import warn
 from step35_patch.patch.parse_args import parse
 
@@ -138,6 +138,18 @@ def gpt_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) 
     mtp.check_embedding_group(instance)
     check_model(instance, runtime)
     announce(runtime, instance.config, instance.vocab_size)
+
+
+def language_module_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """LanguageModule.__init__, of GPTModel and of the models whose layers are not exchanged."""
+    refuse_other_kind(instance, _bind(wrapped, args, kwargs)["config"])
+    wrapped(*args, **kwargs)
+
+
+def llava_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """LLaVAModel.__init__: a language model among a vision model's layers."""
+    refuse_other_kind(instance, _bind(wrapped, args, kwargs)["language_transformer_config"])
+    wrapped(*args, **kwargs)
 
 
 def is_inference_column_parallel_linear(

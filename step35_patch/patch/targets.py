@@ -71,6 +71,19 @@ TARGETS = (
         wrapper="process_mtp_loss",
         parameters=("output_layer", "config", "runtime_gather_output", "packed_seq_params"),
     ),
+    # Models of other kinds, whose layers come from elsewhere: refused.
+    Target(
+        "megatron.core.models.common.language_module.language_module",
+        "LanguageModule.__init__",
+        wrapper="language_module_init",
+        parameters=("config",),
+    ),
+    Target(
+        "megatron.core.models.multimodal.llava_model",
+        "LLaVAModel.__init__",
+        wrapper="llava_model_init",
+        parameters=("language_transformer_config",),
+    ),
     # Whether an MTP layer's projection is one for inference: 0.20 asks it of all, and without
     # Transformer Engine looks for classes that are none.
     Target(

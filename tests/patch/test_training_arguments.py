@@ -144,6 +144,7 @@ def test_all_problems_come_in_one_error(parse):
         ),
         ("--cuda-graph-impl local", "--cuda-graph-impl: expected none, found local"),
         ("--flash-decode", "--flash-decode: expected False, found True"),
+        ("--perform-rl-step", "--perform-rl-step: expected False, found True; .*dynamic context"),
         ("--inference-dynamic-batching", "dynamic-batching: expected False, found True.*static"),
         ("--use-rope-scaling", "--use-rope-scaling: expected False"),
         ("--window-attn-skip-freq 4", "--window-attn-skip-freq: expected None, found 4"),
