@@ -8,7 +8,7 @@ import torch
 
 pytest.register_assert_rewrite("support")
 
-from support import implementation  # noqa: E402
+from support import figures, implementation  # noqa: E402
 from support.ranks import Ranks, worker_ranks  # noqa: E402
 
 if not torch.cuda.is_available():
@@ -31,6 +31,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _one_seed():
     torch.manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def _figures(record_property):
+    """See `support.figures`."""
+    figures.take()
+    yield
+    if taken := figures.take():
+        for name, value in (figures.versions() | taken).items():
+            record_property(name, value)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""How far each case of tests/support/gradient_cases.py is from one process: docs/verification.md.
+"""How far each case of tests/support/gradient_cases.py is from one process: docs/gradients.md.
 
     python tools/gradients.py            # all cases, with the Megatron-Core that is imported
     python tools/gradients.py CASE ...   # these
@@ -26,14 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 TABLE = ROOT / "benchmarks" / "results" / "gradients.csv"
-DOCUMENT = ROOT / "docs" / "verification.md"
+DOCUMENT = ROOT / "docs" / "gradients.md"
 COLUMNS = (
     *("date", "step35_patch", "megatron_core", "torch", "device", "case", "processes", "outcome"),
     *("gradient", "gradient_tensor", "change", "change_tensor", "log", "log_name", "norm"),
     *("missing", "seconds"),
 )
 
-_HEAD = """# Verification
+_HEAD = """# Gradients by layout
 
 How far training under each layout is from training in one process. Written by
 [tools/gradients.py](../tools/gradients.py) from
@@ -152,7 +152,7 @@ def _columns(found: Any) -> dict[str, str]:
 
 
 def document(table: list[dict[str, str]]) -> str:
-    """The text of docs/verification.md."""
+    """The text of docs/gradients.md."""
     newest = table[0]["megatron_core"]
     by_version = {row["megatron_core"]: row for row in table}
     lines = [

@@ -57,6 +57,11 @@ def main() -> int:
     test.add_argument(
         "--quick", action="store_true", help="the newest Megatron-Core only, without the slow tests"
     )
+    test.add_argument(
+        "--figures",
+        action="store_true",
+        help="write what the tests measure to benchmarks/results/verification.csv, and the card",
+    )
     canary = commands.add_parser(
         "canary", help="hold another Megatron-Core (a checkout, a branch) against the package"
     )
@@ -74,7 +79,7 @@ def main() -> int:
             [VENV / "bin" / "step35-patch", "demo", *rest], env=environment()
         ).returncode
     if arguments.command == "test":
-        return test_all(rest, arguments.quick)
+        return test_all(rest, arguments.quick, arguments.figures)
     if arguments.command == "canary":
         return canary(arguments.path.resolve(), rest)
     if arguments.command == "bench":
@@ -182,11 +187,12 @@ def call(*command: str) -> None:
         sys.exit(f"run: {' '.join(command)} failed with status {status}")
 
 
-def test_all(arguments: list[str], quick: bool) -> int:
+def test_all(arguments: list[str], quick: bool, figures: bool) -> int:
     """Style and types; all tests with the newest Megatron-Core, and those that depend on it with
     the others. With each, those that run on Transformer Engine once more on it.
 
-    Quick: only those that are not slow, and with the newest only.
+    Quick: only those that are not slow, and with the newest only. Figures: see
+    tests/support/figures.py; of a part of the tests, those of the others stay as they are.
     """
     clean = lint()
     speed = ["not slow"] if quick else []
@@ -195,19 +201,24 @@ def test_all(arguments: list[str], quick: bool) -> int:
         runs.append((f"Megatron-Core {version}", [megatron_core(version)], ["megatron"]))
     counts = dict.fromkeys(("tests", "failures", "errors", "skipped"), 0)
     statuses = []
+    folder = Path(tempfile.mkdtemp(prefix="step35-figures-")) if figures else None
     for name, path, only in runs:
         local = environment(*path) | {IMPLEMENTATION: "local"}
-        statuses.append(run_tests(name, local, only, arguments, counts))
+        statuses.append(run_tests(name, local, only, arguments, counts, folder))
         # Without a GPU that it would find: its compiled part is not there.
         engine = environment(TRANSFORMER_ENGINE, *path) | {
             IMPLEMENTATION: "transformer_engine",
             "CUDA_VISIBLE_DEVICES": "",
         }
         name, only = f"{name} on Transformer Engine", [*only, "transformer_engine"]
-        statuses.append(run_tests(name, engine, only, arguments, counts))
+        statuses.append(run_tests(name, engine, only, arguments, counts, folder))
     failed = counts["failures"] + counts["errors"]
     passed = counts["tests"] - failed - counts["skipped"]
     print(f"{passed} passed, {failed} failed, {counts['skipped']} skipped")
+    if folder is not None:
+        if failed == 0:
+            call(str(PYTHON), str(ROOT / "tools" / "card.py"), *map(str, folder.iterdir()))
+        shutil.rmtree(folder)
     # 5: pytest selected no test. One part may be without any, the whole may not.
     broken = any(status not in (0, 5) for status in statuses)
     if not clean:
@@ -260,8 +271,12 @@ def run_tests(
     only: list[str],
     arguments: list[str],
     counts: dict[str, int],
+    keep: Path | None = None,
 ) -> int:
-    """One run of pytest; its counts are added to `counts`, its status is returned."""
+    """One run of pytest; its counts are added to `counts`, its status is returned.
+
+    Its results, as JUnit's XML, stay in the folder `keep`, if there is one.
+    """
     print(f"== tests with {name}", flush=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -277,6 +292,8 @@ def run_tests(
             for suite in xml.etree.ElementTree.parse(result).iter("testsuite"):
                 for key in counts:
                     counts[key] += int(suite.get(key))
+            if keep is not None:
+                shutil.copy(result, keep / f"{len(list(keep.iterdir()))}.xml")
     report(f"tests with {name}", started)
     return status
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.bridge_processes import needs_bridge
+from support.figures import record
 from support.parity import LOGITS, relative
 from support.reference import Reference
 
@@ -80,12 +81,13 @@ def test_every_tensor_comes_back(bridge_ranks, published, logits, tmp_path, name
     assert not any(ended.statuses), ended.text[-6000:]
     if processes == 1:
         found = torch.load(tmp_path / "logits.pt")[..., : logits.shape[-1]]
-        assert relative(found, logits) < LOGITS
+        assert record("logits", relative(found, logits)) < LOGITS
     saved = load_file(tmp_path / "model.safetensors")
     assert saved.keys() == weights.keys()
     for tensor_name, tensor in weights.items():
         half = tensor if tensor_name.endswith("router_bias") else 0.5 * tensor
         assert torch.equal(saved[tensor_name], half), tensor_name
+    record("identical tensors", len(weights))
     # The config as it was published, not as Megatron-Bridge's class has it.
     assert Step35Config.from_pretrained(tmp_path) == Step35Config.from_pretrained(published)
     assert os.path.getsize(tmp_path / "tokenizer.json")

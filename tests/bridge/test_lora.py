@@ -12,6 +12,7 @@ import json
 import pytest
 import torch
 from support.bridge_processes import needs_bridge
+from support.figures import record
 from support.parity import LOGITS, relative
 from support.peft_folder import adapted_logits
 
@@ -102,7 +103,7 @@ def test_merged_and_apart(bridge_ranks, published, tmp_path, name):
     tokens = torch.load(published / "tokens.pt")
     found = adapted_logits(published, tmp_path / "adapters", tokens)
     expected = torch.load(tmp_path / "logits.pt")[..., : found.shape[-1]]
-    assert relative(found, expected) < LOGITS
+    assert record("logits", relative(found, expected)) < LOGITS
 
 
 def test_what_does_not_go_is_refused(bridge_ranks, published):

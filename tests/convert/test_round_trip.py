@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.converted import GATE_LAYOUTS, SMALL_FILES, assert_same, digests, read, weights_of
+from support.figures import record
 from support.reference import FULL, SLIDING, tiny_config, write_hf_folder
 
 from step35_patch import Step35Config
@@ -102,7 +103,7 @@ def test_published_layout_is_covered_exactly():
     """For the published config: every element of all 804 tensors once, in both gate layouts."""
     config = Step35Config.from_pretrained(_published())
     wanted = {info.name: info for info in published_tensors(config)}
-    assert len(wanted) == 804
+    assert record("published tensors", len(wanted)) == 804
     redundant = {"headwise": 0, "expanded": 2_197_291_008}
     for layout in GATE_LAYOUTS:
         tensors = megatron_tensors(config, layout)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from support.figures import record
 from support.gradient_cases import Case
 from support.implementation import ON_TRANSFORMER_ENGINE
 from support.layout_runs import layout_config
@@ -59,5 +60,5 @@ def test_documents_are_transformers_own(ranks, tmp_path, layout, window, seed, k
         worst = max(gradients, key=gradients.__getitem__)
         print(f"logits {found['logits']:.1e}, {worst} {gradients[worst]:.1e}")
         assert len(gradients) > 100
-        assert found["logits"] < 2e-5
-        assert gradients[worst] < 1e-3, worst
+        assert record("logits", found["logits"]) < 2e-5
+        assert record("gradient", gradients[worst]) < 1e-3, worst

@@ -2,6 +2,7 @@
 
 import torch
 
+from support.figures import record
 from support.reference import WINDOW
 
 LENGTH = 3 * WINDOW
@@ -34,7 +35,7 @@ def differing(report) -> list[str]:
 
 def assert_agrees(report):
     assert report.agrees and report.first_difference is None and not differing(report)
-    assert max(part.difference for part in report.parts) < 1e-5
+    assert record("parts", max(part.difference for part in report.parts)) < 1e-5
     assert max(part.end_to_end for part in report.parts) < 1e-5
     for logits in report.logits:
         assert 1 - 1e-9 < logits.cosine_min <= logits.cosine_mean < 1 + 1e-9

@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from step35_patch.convert import Options
+from support.figures import record
 from support.reference import random_weights
 
 GATE_LAYOUTS = ("headwise", "expanded")
@@ -37,6 +38,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
+    record("identical tensors", len(wanted))
 
 
 def digests(folder: Path) -> dict[str, str]:

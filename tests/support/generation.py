@@ -20,6 +20,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
     TextGenerationController,
 )
 
+from support.figures import record
 from support.parity import LOGITS, relative
 from support.reference import Reference
 
@@ -93,8 +94,10 @@ def assert_chosen_by(
     """
     expected = reference.logits(reference.hidden_states(tokens[:, :-1]))
     if logits is not None:
-        assert relative(logits[..., : expected.shape[-1]], expected) < LOGITS
+        off = relative(logits[..., : expected.shape[-1]], expected)
+        assert record("logits", off) < LOGITS
     assert torch.equal(tokens[:, -new:], expected[:, -new:].argmax(-1))
+    record("tokens chosen alike", tokens.shape[0] * new)
 
 
 class Numbers:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from step35_patch.arguments import CPU_ARGUMENTS
 from support import implementation
+from support.figures import record
 from support.ranks import Ranks
 from support.reference import tiny_config
 
@@ -259,7 +260,9 @@ def assert_same_training(
         assert len(got.mtp_losses) == len(wanted.mtp_losses), number
         pairs = zip((got.loss, *got.mtp_losses), (wanted.loss, *wanted.mtp_losses), strict=True)
         for loss, wanted_loss in pairs:
-            assert abs(loss / wanted_loss - 1) < tolerance, (number, got, wanted)
+            off = abs(loss / wanted_loss - 1)
+            assert off < tolerance, (number, got, wanted)
+            record("training losses", off)
         assert abs(got.grad_norm - wanted.grad_norm) < 2e-3, (number, got, wanted)
 
 

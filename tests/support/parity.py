@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from support.figures import record
 from support.ours import published_gradients, run
 from support.reference import FULL, SLIDING, Reference, random_tokens, tiny_config
 
@@ -93,13 +94,17 @@ def compare(model, reference: Reference, seed: int, length: int, batch: int = 2)
     logits, loss, mtp_losses = reference.losses(input_ids, labels)
     model.train()
     found = run(model, input_ids)[..., : logits.shape[-1]]
-    assert relative(found, logits) < LOGITS, "logits"
+    logits_off = relative(found, logits)
+    assert logits_off < LOGITS, "logits"
     losses = run(model, input_ids, labels)
-    assert abs(losses.mean().item() / loss.item() - 1) < LOSS, "loss"
+    loss_off = abs(losses.mean().item() / loss.item() - 1)
+    assert loss_off < LOSS, "loss"
 
     losses.mean().backward()
     total_loss(model, loss, mtp_losses).backward()
     compare_gradients(model, reference)
+    record("logits", logits_off)
+    record("loss", loss_off)
 
 
 def total_loss(model, loss: torch.Tensor, mtp_losses: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -123,3 +128,4 @@ def compare_gradients(model, reference: Reference) -> None:
         if expected[name].any() or found[name].abs().max() > floor
     }
     assert max(off.values()) < GRADIENT, sorted(off.items(), key=lambda item: -item[1])[:5]
+    record("gradient", max(off.values()))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.figures import record
 from support.gradient_cases import (
     CASES,
     ENGINE_CASES,
@@ -82,6 +83,7 @@ def assert_one_process_s(found: Figures | Refused, case: Case) -> None:
     assert found.change.difference < 1e-3, found
     assert found.log.difference < 1e-5, found
     assert found.norm < 1e-5, found
+    record("gradient", found.gradient.difference)
 
 
 def test_figures_are_of_these_cases():

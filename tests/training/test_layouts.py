@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import layout_runs
+from support.figures import record
 from support.layout_runs import (
     ITERATIONS,
     LAYOUTS,
@@ -142,6 +143,7 @@ def test_muon_resumes_bit_for_bit(start, train, muon, tmp_path):
     assert any("experts" in name for name in momenta)
     assert set(found) == set(wanted)
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    record("identical tensors", len(wanted))
 
 
 def test_muon_of_a_distributed_optimizer(start, train):
@@ -177,6 +179,7 @@ def test_checkpoint_is_resharded_and_resumed(start, train, tmp_path):
     wanted = checkpoint_tensors(saved, ITERATIONS)
     assert set(found) == set(wanted) and any("exp_avg_sq" in name for name in wanted)
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    record("identical tensors", len(wanted))
 
     # Other layouts, optimizer's state included.
     rest = {n: it for n, it in start.expected.items() if n > half and n != half + 2}

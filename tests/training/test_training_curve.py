@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.figures import record
 from support.training_curve import (
     ADAM,
     AUTHORS,
@@ -38,6 +39,7 @@ def test_iterations_follow_the_reference(tmp_path, recipe, steps):
     assert theirs[-1].loss < 0.6 * theirs[0].loss
     apart = differences(ours, theirs)
     assert max(apart) < 1e-3, [(step, d) for step, d in enumerate(apart) if d >= 1e-3]
+    record("training losses", max(apart))
 
 
 def _trained(
