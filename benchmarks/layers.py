@@ -63,6 +63,12 @@ def prepare() -> None:
     # Megatron-Core takes its jit_fuser from here.
     torch.compile = counting.compile_counted
     te_on_cpu.install(cudnn=True)
+    activate()
+
+
+def activate() -> None:
+    """Make this process Megatron-Core's only rank, with this package in it."""
+    sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
     from support.ours import initialize_megatron
 
     import step35_patch

@@ -66,6 +66,9 @@ def main() -> int:
         "canary", help="hold another Megatron-Core (a checkout, a branch) against the package"
     )
     canary.add_argument("path", type=Path, help="a folder with a megatron in it")
+    commands.add_parser(
+        "verify-gpu", help="measure what only a GPU can show (--dry-run: say what that would be)"
+    )
     commands.add_parser("bench", help="run the benchmarks (further arguments go to them)")
     commands.add_parser("lint", help="check style and types only: ruff and mypy")
     commands.add_parser("setup", help="nothing else")
@@ -80,6 +83,10 @@ def main() -> int:
         ).returncode
     if arguments.command == "test":
         return test_all(rest, arguments.quick, arguments.figures)
+    if arguments.command == "verify-gpu":
+        return subprocess.run(
+            [PYTHON, ROOT / "tools" / "verify_gpu.py", *rest], cwd=ROOT, env=environment()
+        ).returncode
     if arguments.command == "canary":
         return canary(arguments.path.resolve(), rest)
     if arguments.command == "bench":

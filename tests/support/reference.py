@@ -173,14 +173,22 @@ class Reference:
     Args:
         config: a config.json as a dictionary.
         weights: tensors in the published names.
+        dtype: what is computed in; a router's bias stays as it is.
     """
 
-    def __init__(self, config: dict[str, Any], weights: dict[str, torch.Tensor]):
+    def __init__(
+        self,
+        config: dict[str, Any],
+        weights: dict[str, torch.Tensor],
+        dtype: torch.dtype = torch.float32,
+    ):
         self.config = config
         self.depth = config["num_hidden_layers"]
         self.mtp = config.get("num_nextn_predict_layers", 0)
         self.parameters = {
-            name: value.detach().float().clone().requires_grad_("router_bias" not in name)
+            name: value.detach()
+            .to(torch.float32 if "router_bias" in name else dtype, copy=True)
+            .requires_grad_("router_bias" not in name)
             for name, value in weights.items()
         }
         with torch.device("meta"):
