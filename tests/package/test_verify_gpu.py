@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.figures import record
 from support.layout_runs import LAYOUTS
 from support.reference import tiny_config
 
@@ -90,6 +91,7 @@ def test_each_kind_of_layer_is_as_near_to_fp32_as_bf16_allows():
     assert len(found) == 7
     assert {row["kind"].split(",")[0] for row in found} == {"full", "sliding", "MTP"}
     assert all(0.5 < row["ratio"] <= 2 and row["compared"] > 15 for row in found)
+    record("ratio", max(row["ratio"] for row in found))
 
 
 def test_a_window_that_is_off_by_one_is_farther_away():
