@@ -62,10 +62,10 @@ def main() -> int:
         action="store_true",
         help="write what the tests measure to benchmarks/results/verification.csv, and the card",
     )
-    canary = commands.add_parser(
+    against = commands.add_parser(
         "canary", help="hold another Megatron-Core (a checkout, a branch) against the package"
     )
-    canary.add_argument("path", type=Path, help="a folder with a megatron in it")
+    against.add_argument("path", type=Path, help="a folder with a megatron in it")
     commands.add_parser(
         "verify-gpu", help="measure what only a GPU can show (--dry-run: say what that would be)"
     )
