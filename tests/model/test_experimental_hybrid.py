@@ -1,0 +1,86 @@
+"""Step-3.5 as a HybridModel: the reference's numbers, and a GPTModel's bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from support import hybrid, ours
+from support.parity import compare
+from support.reference import (
+    WINDOW,
+    Reference,
+    random_tokens,
+    random_weights,
+    tiny_config,
+    write_hf_folder,
+)
+
+from step35_patch import Step35ModelProvider
+from step35_patch.model.experimental_hybrid import Step35HybridModel
+
+pytestmark = pytest.mark.transformer_engine
+
+CONFIG, SEED, LENGTH = tiny_config(), 1, 3 * WINDOW + 1
+# A letter for the attention of each layer and one for its MLP, of which two are dense.
+PATTERN = "*-*-*E*E*E*E/*-/*-"
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return random_weights(CONFIG, SEED)
+
+
+@pytest.fixture(scope="module")
+def hf_folder(weights, tmp_path_factory):
+    return write_hf_folder(tmp_path_factory.mktemp("hf"), CONFIG, weights)
+
+
+def test_parity(hf_folder, weights):
+    model = hybrid.build(hf_folder)
+    assert model.hybrid_layer_pattern == PATTERN
+    compare(model, Reference(CONFIG, weights), SEED, LENGTH)
+
+
+@pytest.mark.parametrize("gate_layout", ["headwise", "expanded"])
+def test_numbers_and_checkpoint_are_a_gpt_model_s(hf_folder, tmp_path, gate_layout):
+    """Logits, losses, gradients, and the weights that a GPTModel saved in Megatron's format."""
+    gpt, model = (x.build(hf_folder, gate_layout=gate_layout) for x in (ours, hybrid))
+    dist_checkpointing.save(gpt.sharded_state_dict(), str(tmp_path))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.1)
+    state = dist_checkpointing.load(model.sharded_state_dict(), str(tmp_path))
+    model.load_state_dict(state, strict=True)
+
+    tokens, labels = random_tokens(SEED, 2, LENGTH)
+    found = []
+    for built in (gpt, model):
+        built.train()
+        losses = ours.run(built, tokens, labels)
+        losses.mean().backward()
+        found.append(
+            {"logits": ours.run(built, tokens), "losses": losses, **ours.published_gradients(built)}
+        )
+    expected, same = found
+    assert set(same) == set(expected)
+    assert [name for name in expected if not torch.equal(same[name], expected[name])] == []
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param("*|-*-*E*E*E*E/*-/*-", id="a stage ends within a layer"),
+        pytest.param("*-*E*E*E*E*E/*-/*-", id="a MoE layer for a dense one"),
+        pytest.param("*-*-*E*E*E*E", id="without the MTP layers"),
+    ],
+)
+def test_another_model_s_pattern_is_refused(hf_folder, pattern):
+    provider = Step35ModelProvider.from_hf(hf_folder, transformer_impl="local")
+    with pytest.raises(ValueError, match=r"hybrid_layer_pattern: expected '\*-\*-\*E"):
+        Step35HybridModel(
+            provider,
+            vocab_size=provider.vocab_size,
+            max_sequence_length=provider.max_position_embeddings,
+            hybrid_layer_pattern=pattern,
+        )
