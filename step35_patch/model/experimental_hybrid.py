@@ -5,7 +5,7 @@ pattern has a `*` for each attention and a `-` or an `E` for each MLP. Here both
 are made of the spec that GPTModel gets, find that layer's plan, and are numbered as it is for
 whatever counts layers; Megatron-Core's own number of a half is for its place in a checkpoint alone.
 
-Needs Megatron-Core 0.19, whose HybridStack names its modules, or what comes after it.
+Megatron-Core 0.17 has no HybridModel.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ def _mlp_half(layer: ModuleSpec) -> ModuleSpec:
 def hybrid_stack_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec:
     """What HybridModel takes in place of Megatron-Core's `hybrid_stack_spec`.
 
-    Made of the specs that GPTModel gets, on either of Megatron-Core's implementations; its own
-    has no norms of queries and keys, and is Transformer Engine's alone.
+    Made of the specs that GPTModel gets, on either of Megatron-Core's implementations; its own is
+    of Transformer Engine's modules, whatever the config says.
 
     Args:
         config: of a Step-3.5 model; step35_patch is active.
@@ -249,14 +249,8 @@ class Step35HybridModel(HybridModel):
                 "active, found another; make it with Step35ModelProvider"
             )
         check_options(config, runtime)
-        expected = hybrid_pattern(runtime.config, config.mtp_num_layers or 0)
-        pattern = hybrid_layer_pattern or expected
-        stages = pattern.split(Symbols.MTP_SEPARATOR)[0].split(Symbols.PIPE)
-        if pattern.replace(Symbols.PIPE, "") != expected or any(len(part) % 2 for part in stages):
-            raise ValueError(
-                f"hybrid_layer_pattern: expected {expected!r}, with {Symbols.PIPE!r} between "
-                f"layers at most, found {pattern!r}"
-            )
+        pattern = hybrid_layer_pattern or hybrid_pattern(runtime.config, config.mtp_num_layers or 0)
+        _check(config, runtime.config, pattern)
         super().__init__(
             config,
             hybrid_stack_spec(config, vp_stage),
@@ -299,6 +293,36 @@ class Step35HybridModel(HybridModel):
     def as_gpt_model(self) -> Any:
         """What `step35_patch.model.live_weights` reads, with a GPTModel's names for its modules."""
         return _AsGptModel(self)
+
+
+def _check(config: TransformerConfig, described: Step35Config, pattern: str) -> None:
+    """Raise ValueError for a pattern that is not the model's, and what a HybridModel can't do."""
+    lines = []
+    expected = hybrid_pattern(described, config.mtp_num_layers or 0)
+    stages = pattern.split(Symbols.MTP_SEPARATOR)[0].split(Symbols.PIPE)
+    if pattern.replace(Symbols.PIPE, "") != expected or any(len(part) % 2 for part in stages):
+        lines.append(
+            f"hybrid_layer_pattern: expected {expected!r}, with {Symbols.PIPE!r} between layers, "
+            f"found {pattern!r}; make it with hybrid_pattern"
+        )
+    chunks = config.pipeline_model_parallel_size * (
+        config.virtual_pipeline_model_parallel_size or 1
+    )
+    if len(stages) != chunks:
+        lines.append(
+            f"hybrid_layer_pattern: expected {chunks} stages, {Symbols.PIPE!r} between them, found "
+            f"{len(stages)} in {pattern!r}; give hybrid_pattern the layers of each"
+        )
+    lines += [
+        f"{name}: expected {other!r}, found {getattr(config, name)!r}; {reason}"
+        for name, other, reason in (
+            ("pipeline_model_parallel_layout", None, "the pattern says where layers are"),
+            ("first_last_layers_bf16", False, "Megatron-Core counts a HybridModel's by halves"),
+        )
+        if getattr(config, name) != other
+    ]
+    if lines:
+        raise ValueError("Step35HybridModel:\n  " + "\n  ".join(lines))
 
 
 class _AsGptModel:

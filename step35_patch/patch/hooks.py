@@ -140,6 +140,18 @@ def gpt_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) 
     announce(runtime, instance.config, instance.vocab_size)
 
 
+def hybrid_model_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
+    """HybridModel.__init__: refused of Megatron-Core's own layers, which make another model."""
+    is_ours = type(instance).__module__.startswith("step35_patch.")
+    if not is_ours and runtime_for(_bind(wrapped, args, kwargs)["config"]) is not None:
+        raise NotImplementedError(
+            "HybridModel: expected another model's TransformerConfig, found Step-3.5's, whose "
+            "gate, windows and clamps Megatron-Core's hybrid layers don't have; build it as a "
+            "GPTModel, with pretrain_gpt.py or Step35ModelProvider"
+        )
+    wrapped(*args, **kwargs)
+
+
 def is_inference_column_parallel_linear(
     wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
 ) -> Any:

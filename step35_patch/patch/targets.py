@@ -71,6 +71,14 @@ TARGETS = (
         wrapper="process_mtp_loss",
         parameters=("output_layer", "config", "runtime_gather_output", "packed_seq_params"),
     ),
+    # Which builds Step-3.5 of Megatron-Core's own layers, where it is given its config.
+    Target(
+        "megatron.core.models.hybrid.hybrid_model",
+        "HybridModel.__init__",
+        wrapper="hybrid_model_init",
+        required=False,
+        parameters=("config",),
+    ),
     # Whether an MTP layer's projection is one for inference: 0.20 asks it of all, and without
     # Transformer Engine looks for classes that are none.
     Target(

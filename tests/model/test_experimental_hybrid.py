@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from support import hybrid, ours
+from support.implementation import IMPLEMENTATION
 from support.parity import compare
 from support.reference import (
     WINDOW,
@@ -24,6 +30,7 @@ pytestmark = pytest.mark.transformer_engine
 CONFIG, SEED, LENGTH = tiny_config(), 1, 3 * WINDOW + 1
 # A letter for the attention of each layer and one for its MLP, of which two are dense.
 PATTERN = "*-*-*E*E*E*E/*-/*-"
+PP2 = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +75,38 @@ def test_numbers_and_checkpoint_are_a_gpt_model_s(hf_folder, tmp_path, gate_layo
 
 
 @pytest.mark.parametrize(
-    "pattern",
+    ("pattern", "options", "problem"),
     [
-        pytest.param("*|-*-*E*E*E*E/*-/*-", id="a stage ends within a layer"),
-        pytest.param("*-*E*E*E*E*E/*-/*-", id="a MoE layer for a dense one"),
-        pytest.param("*-*-*E*E*E*E", id="without the MTP layers"),
+        pytest.param("*|-*-*E*E*E*E/*-/*-", PP2, "layer_pattern: expected '", id="within a layer"),
+        pytest.param("*-*E*E*E*E*E/*-/*-", {}, "layer_pattern: expected '", id="MoE for dense"),
+        pytest.param("*-*-*E*E*E*E", {}, "layer_pattern: expected '", id="without MTP layers"),
+        pytest.param(PATTERN, PP2, "layer_pattern: expected 2 stages", id="one stage of two"),
+        pytest.param(PATTERN, {"first_last_layers_bf16": True}, "first_last_layers", id="bf16"),
     ],
 )
-def test_another_model_s_pattern_is_refused(hf_folder, pattern):
-    provider = Step35ModelProvider.from_hf(hf_folder, transformer_impl="local")
-    with pytest.raises(ValueError, match=r"hybrid_layer_pattern: expected '\*-\*-\*E"):
+def test_what_is_refused(hf_folder, pattern, options, problem):
+    provider = Step35ModelProvider.from_hf(hf_folder, transformer_impl="local", **options)
+    with pytest.raises(ValueError, match=f"Step35HybridModel:\n  .*{problem}"):
         Step35HybridModel(
             provider,
             vocab_size=provider.vocab_size,
             max_sequence_length=provider.max_position_embeddings,
             hybrid_layer_pattern=pattern,
         )
+
+
+def test_megatrons_own_layers_are_refused(hf_folder):
+    """They would build, and be another model."""
+    provider = Step35ModelProvider.from_hf(hf_folder, transformer_impl=IMPLEMENTATION)
+    with pytest.raises(NotImplementedError, match="HybridModel: expected another model's"):
+        HybridModel(provider, hybrid_stack_spec, 96, 256, hybrid_layer_pattern=PATTERN)
+
+
+@pytest.mark.transformer_engine(only=True)
+def test_another_model_is_built_as_before():
+    ours.initialize_megatron()
+    config = TransformerConfig(
+        num_layers=2, hidden_size=32, num_attention_heads=4, use_cpu_initialization=True
+    )
+    model = HybridModel(config, hybrid_stack_spec, 96, 256, hybrid_layer_pattern="*-")
+    assert [type(layer) for layer in model.decoder.layers] == [TransformerLayer, MLPLayer]
