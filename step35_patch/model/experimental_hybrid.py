@@ -228,8 +228,8 @@ class Step35HybridModel(HybridModel):
         options: pre_process, post_process, vp_stage and parallel_output of HybridModel.
 
     Raises:
-        RuntimeError: step35_patch was deactivated.
-        ValueError: the config is no Step-3.5 config, or the pattern is another model's.
+        ValueError: the config is no Step-3.5 config or step35_patch was deactivated, the pattern is
+            another model's, or an option does not go with it.
     """
 
     def __init__(
