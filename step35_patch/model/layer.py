@@ -171,11 +171,25 @@ class Step35DecoderLayer(TransformerLayer):
             raise RuntimeError(
                 f"layer {index}: Megatron-Core numbers it {self.layer_number}, expected {index + 1}"
             )
+        self._prepare_mlp(config, pg_collection)
+
+    def _prepare_mlp(
+        self, config: TransformerConfig, pg_collection: ProcessGroupCollection
+    ) -> None:
+        """Check that the MLP is of the plan's kind, and set what Megatron-Core leaves of experts'.
+
+        Args:
+            config: of the model.
+            pg_collection: of the layer.
+
+        Raises:
+            ValueError: it is of the other kind.
+        """
         if self.plan.is_moe != hasattr(self.mlp, "experts"):
             raise ValueError(
-                f"layer {index}: the config has {'MoE' if self.plan.is_moe else 'a dense MLP'} "
-                f"there, the spec builds {type(self.mlp).__name__}; check moe_layer_freq against "
-                "moe_layers_enum"
+                f"layer {self.plan.index}: the config has "
+                f"{'MoE' if self.plan.is_moe else 'a dense MLP'} there, the spec builds "
+                f"{type(self.mlp).__name__}; check moe_layer_freq against moe_layers_enum"
             )
         if not self.plan.is_moe:
             return

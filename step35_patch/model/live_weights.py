@@ -285,6 +285,8 @@ def entries_of(
     Raises:
         ValueError: the model has a parameter that the published layout does not have.
     """
-    entries = list(_LiveModel(model, runtime, values).entries())
+    # A model whose modules stand otherwise than a GPTModel's shows them as these do.
+    as_gpt = getattr(model, "as_gpt_model", lambda: model)()
+    entries = list(_LiveModel(as_gpt, runtime, values).entries())
     _check_covered(model, entries, beside_adapters=beside_adapters)
     return entries

@@ -54,7 +54,8 @@ def _submodules(builder: Any) -> Any:
     )
 
 
-def _has_experts(mlp: Any) -> bool:
+def has_experts(mlp: Any) -> bool:
+    """Whether an MLP's builder is a MoE layer's."""
     return hasattr(_submodules(mlp), "experts")
 
 
@@ -88,7 +89,7 @@ def _with_activation(builder: Any, activation: Callable[..., ClampedSwiGLU]) -> 
 
 def _mlp(builder: Any) -> Any:
     """The MLP's builder with the clamped activations: a dense one's, or those of the experts."""
-    if not _has_experts(builder):
+    if not has_experts(builder):
         return _with_activation(builder, shared_swiglu)
     return _replace_submodules(
         builder,
@@ -135,7 +136,7 @@ def decoder_layer_spec(spec: ModuleSpec, runtime: Step35Runtime) -> ModuleSpec:
         )
     parts = spec.submodules
     names = dict(parts.sharded_state_dict_keys_map)
-    if _has_experts(parts.mlp):
+    if has_experts(parts.mlp):
         # The local specs give the norm before a MoE layer the name it has before a dense one; here
         # it is Transformer Engine's, the norm's own. Weights have one name in both implementations
         # then; for what else a checkpoint holds see `step35_patch.model.extra_state`.
