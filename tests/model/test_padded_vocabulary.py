@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -126,7 +128,5 @@ def test_padding_across_tensor_parallel_ranks(case, ranks, tmp_path):
     code = "from support import padded_vocabulary; padded_vocabulary.main(*arguments)"
     ended = ranks.run(code, 2, folder, tmp_path / "expected.pt")
     assert ended.statuses == [0, 0], ended.text[-8000:]
-    assert sorted(line for line in ended.text.splitlines() if line.endswith("ok")) == [
-        "rank 0 ok",
-        "rank 1 ok",
-    ]
+    # By no lines: two ranks may write into one.
+    assert sorted(re.findall(r"rank \d ok", ended.text)) == ["rank 0 ok", "rank 1 ok"]

@@ -351,7 +351,7 @@ def test_an_untested_megatron_is_refused_at_every_attempt(installed, script):
         assert layers(get_gpt_decoder_block_spec) == OURS
         assert "refused" not in {target.state for target in step35_patch.status().targets}
         """)
-    installed.check(program)
+    installed.check(program, STEP35_ALLOW_UNTESTED="0")
 
 
 @megatron
@@ -369,7 +369,7 @@ def test_an_untested_megatron_that_is_imported_already_is_refused(installed, scr
                 raise AssertionError
         assert type(get_gpt_decoder_block_spec).__name__ == "function"
         """)
-    installed.check(program)
+    installed.check(program, STEP35_ALLOW_UNTESTED="0")
 
 
 @megatron
