@@ -44,6 +44,7 @@ _HOOKS = "step35_patch.patch.hooks"
 
 _lock = threading.RLock()
 _armed: set[str] = set()  # modules whose hook waits for their import
+_arming = ""  # the one whose hook is being left
 _followers: dict[str, Callable[[ModuleType], None]] = {}  # see activate_on_import
 _refusals: dict[str, str] = {}  # module: why its last import was refused
 
@@ -149,6 +150,7 @@ class _MegatronFinder:
 
 def _cover_targets() -> None:
     """Leave a hook for each module with targets that is not imported; patch those that are."""
+    global _arming
     import wrapt
 
     modules = dict.fromkeys(target.module for target in TARGETS)
@@ -157,16 +159,25 @@ def _cover_targets() -> None:
         for name in modules:
             if name not in sys.modules and name not in _armed:
                 _armed.add(name)
+                _arming = name
                 wrapt.register_post_import_hook(_imported, name)
+        _arming = ""
+        passed = _passed_by()
     # Another thread may be in the middle of importing one: wait for that, without our lock.
     imported = [
         importlib.import_module(name)
         for name in modules
-        if name in sys.modules and name not in _armed
+        if name in sys.modules and (name not in _armed or name in passed)
     ]
     with _lock:
+        # The hook of those that another thread began to import before it was left never comes.
+        for module in [module for module in imported if module.__name__ in passed]:
+            if module.__name__ not in _armed or _is_being_imported(module):
+                imported.remove(module)
+            else:
+                _armed.discard(module.__name__)
         for module in imported:
-            if getattr(module.__spec__, "_initializing", False):
+            if _is_being_imported(module):
                 raise Step35ActivationError(
                     f"{module.__name__}: step35_patch is activated in the middle of its import. "
                     "Import step35_patch before megatron, or after it.",
@@ -177,6 +188,18 @@ def _cover_targets() -> None:
             _wrap(module)
     for name in _followers:
         wrapt.register_post_import_hook(_follow, name)  # at once if it is imported
+
+
+def _passed_by() -> set[str]:
+    """The modules that are there, or on their way, while their hook still waits.
+
+    What somebody put there by hand, without a spec, is no module of Megatron's.
+    """
+    return {name for name in _armed if getattr(sys.modules.get(name), "__spec__", None)}
+
+
+def _is_being_imported(module: ModuleType) -> bool:
+    return getattr(module.__spec__, "_initializing", False)
 
 
 def _follow(module: ModuleType) -> None:
@@ -190,7 +213,8 @@ def _imported(module: ModuleType) -> None:
     name = module.__name__
     with _lock:
         _armed.discard(name)
-        if not settings.enabled():
+        # Called while it is being left: another thread has just begun to import the module.
+        if name == _arming or not settings.enabled():
             return
         try:
             _check(module)
@@ -236,6 +260,8 @@ def _wrap(module: ModuleType) -> None:
 
 
 def _hook_of(target: Target) -> Hook:
+    if _passed_by():
+        _cover_targets()
     hook: Hook = getattr(importlib.import_module(_HOOKS), target.wrapper)
     return hook
 

@@ -107,5 +107,5 @@ def test_built_layers_are_copied_no_worse_than_stock_ones(tmp_path, way):
     """They hold process groups, which nothing can copy."""
     model, _ = model_of(tmp_path, tiny_config(), 16)
     for layers in (stock_model().decoder.layers, model.decoder.layers):
-        with pytest.raises(TypeError, match="cannot pickle 'torch._C._distributed_c10d"):
+        with pytest.raises(TypeError, match=r"cannot pickle 'torch\._C\."):
             way(layers[1])
