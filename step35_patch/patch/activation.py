@@ -14,6 +14,7 @@ out of sys.modules and registers itself again.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -32,6 +33,8 @@ from step35_patch.patch.targets import TARGETS, TESTED, Hook, Target
 from step35_patch.settings import Step35ActivationError
 
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
     from step35_patch.config.model import Step35Config
     from step35_patch.patch.contract import Drift
     from step35_patch.patch.status import Status, TargetStatus
@@ -76,8 +79,7 @@ def activate(
     """
     settings.ask_for(config, gate_layout, window, padded_logits)
     with _lock:
-        if not any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _MegatronFinder())
+        _go_first()
     if "megatron" in sys.modules:
         _cover_targets()
 
@@ -132,10 +134,13 @@ def _targets_of(module: str) -> list[Target]:
 
 
 class _MegatronFinder:
-    """On sys.meta_path: finds nothing, but leaves the hooks when the import of megatron begins.
+    """On sys.meta_path: leaves the hooks when the import of megatron begins, and has them called.
 
     Not earlier, because wrapt may not be importable while a1_step35_patch.pth runs: `site` adds the
     folders of a user's or of a virtual environment's packages before those of the system.
+
+    wrapt's own finder imports a module's package in the middle of a search, which waits for ever
+    where another thread is importing that package: importlib lets one thread search at a time.
     """
 
     def find_spec(
@@ -143,9 +148,48 @@ class _MegatronFinder:
         fullname: str,
         path: Sequence[str] | None = None,
         target: ModuleType | None = None,
-    ) -> None:
+    ) -> ModuleSpec | None:
         if fullname == "megatron" and settings.enabled():
             _cover_targets()
+        if fullname not in _armed and fullname not in _followers:
+            return None
+        for finder in tuple(sys.meta_path):
+            if finder is self or type(finder).__module__ == "wrapt.importer":
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    # It is one by what it answers, not by its class: that takes long to import.
+                    spec.loader = _TellingLoader(spec.loader)  # type: ignore[assignment]
+                return spec
+        return None
+
+
+class _TellingLoader:
+    """A module's loader, which tells wrapt that the module is there."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        import wrapt
+
+        # Others look at what a module was loaded by: for its source, or its data.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        wrapt.notify_module_loaded(module)
+
+
+_finder = _MegatronFinder()
 
 
 def _cover_targets() -> None:
@@ -162,6 +206,7 @@ def _cover_targets() -> None:
                 _arming = name
                 wrapt.register_post_import_hook(_imported, name)
         _arming = ""
+        _go_first()
         passed = _passed_by()
     # Another thread may be in the middle of importing one: wait for that, without our lock.
     imported = [
@@ -188,6 +233,14 @@ def _cover_targets() -> None:
             _wrap(module)
     for name in _followers:
         wrapt.register_post_import_hook(_follow, name)  # at once if it is imported
+
+
+def _go_first() -> None:
+    """Put the finder before all others, wrapt's among them."""
+    if not sys.meta_path or sys.meta_path[0] is not _finder:
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(_finder)
+        sys.meta_path.insert(0, _finder)
 
 
 def _passed_by() -> set[str]:
