@@ -309,7 +309,7 @@ def _startup_files() -> Iterator[Path]:
 
 def _run(environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(  # noqa: S603  # this interpreter, with our own words
+        return subprocess.run(  # noqa: S603  # nosec B603  # this interpreter, with our words
             [sys.executable, *arguments],
             env=environment,
             capture_output=True,
