@@ -6,8 +6,26 @@ megatron, numpy or pydantic: the names below that need them are imported on firs
 """
 
 import importlib
+import os
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+# Before any module of the package is imported: by its name, which may lead to another copy.
+if __name__ != "step35_patch":
+    raise ImportError(
+        f"{__name__}: expected the package to be imported as step35_patch, found a copy inside "
+        f"{__name__.partition('.')[0]}, which would mix with an installed one. Install it (pip "
+        f"install step35-patch), or put {os.path.dirname(os.path.dirname(__file__))} on PYTHONPATH "
+        "and import step35_patch.",
+        name=__name__,
+    )
+if not os.path.exists(__file__):
+    raise ImportError(
+        f"step35_patch: expected the package in a folder, found {__file__}, in an archive, where "
+        "its data files can't be opened. Install it (pip install step35-patch), or unpack the "
+        "archive.",
+        name=__name__,
+    )
 
 from step35_patch import settings
 from step35_patch._version import __version__

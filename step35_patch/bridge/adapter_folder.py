@@ -84,7 +84,7 @@ def save_adapters(
         for name, tensor in bridge.export_adapter_weights(model, show_progress=False)
     }
     runtime = runtime_for(unwrap_model(model)[0].config)
-    assert runtime is not None  # noqa: S101  the export refuses other models
+    assert runtime is not None  # noqa: S101  # nosec B101  # the export refuses others
     tensors = peft_tensors(exported, runtime.config, without_mtp=without_mtp)
     if torch.distributed.get_rank() == 0:
         source = getattr(bridge.hf_pretrained, "model_name_or_path", None)

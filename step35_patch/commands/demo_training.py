@@ -78,7 +78,7 @@ def train(command: list[str], config_path: Path, log: Path, title: str, verbose:
     progress = None if verbose else _Progress(title, iterations)
     losses: dict[int, float] = {}
     lines: list[str] = []
-    process = subprocess.Popen(  # noqa: S603  the demo's own command, without a shell
+    process = subprocess.Popen(  # noqa: S603  # nosec B603  # the demo's own command, no shell
         command,
         env=environment,
         stdin=subprocess.DEVNULL,

@@ -233,7 +233,7 @@ def _train(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), "-m", "step35_patch.verify.gradient_rank"]
     command += [str(example_script()), str(folder), str(out), *CPU_ARGUMENTS, *training.split()]
-    ended = subprocess.run(  # noqa: S603  the command's own, without a shell
+    ended = subprocess.run(  # noqa: S603  # nosec B603  # the command's own, no shell
         [*command, *words],
         env={n: v for n, v in os.environ.items() if n not in _LAUNCHERS}
         | {

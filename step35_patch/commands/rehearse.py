@@ -176,7 +176,7 @@ def _train(
     losses: dict[int, float] = {}
     with (
         log.open("w") as file,
-        subprocess.Popen(  # noqa: S603  the user's own command, without a shell
+        subprocess.Popen(  # noqa: S603  # nosec B603  # the user's own command, no shell
             words,
             env=_environment(command.environment, folder),
             stdin=subprocess.DEVNULL,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from step35_patch.config.plain_file import read_plain
+
 # Fields of a config by which programs take weights for quantised, at whatever level they stand.
 QUANTIZATION_FIELDS = (
     "quantization_config",
@@ -30,6 +32,7 @@ _PLACES = (
 _METHODS = ("quant_method", "quant_algo", "format")
 _BITS = ("bits", "num_bits", "w_bit")
 _FP8 = "fp8"
+_LARGEST_FILE = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +65,8 @@ def quantization_of(folder: Path) -> Quantization | None:
     """
     for file, field in _PLACES:
         try:
-            document = json.loads((folder / file).read_text("utf-8"))
-        except (OSError, ValueError):
+            document = json.loads(read_plain(folder / file, _LARGEST_FILE))
+        except (OSError, ValueError, RecursionError):
             continue
         objects = [document, document.get("text_config")] if isinstance(document, dict) else []
         for found in objects:

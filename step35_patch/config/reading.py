@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from step35_patch.config.errors import ConfigProblem, Step35ConfigError, field_text, found_text
+from step35_patch.config.plain_file import open_plain
 
 CONFIG_NAME = "config.json"
 # A config.json takes some kilobytes; more than this is another file, given by mistake.
@@ -102,7 +103,7 @@ def _read_bytes(path: str | os.PathLike[str]) -> tuple[Path, bytes]:
             raise FileNotFoundError("an empty path")
         if file.is_dir():
             file /= CONFIG_NAME
-        with file.open("rb") as stream:
+        with open_plain(file) as stream:
             return file, stream.read(_LARGEST_FILE + 1)
     except FileNotFoundError:
         problem = ConfigProblem("", expected, "no such file", hint)

@@ -13,12 +13,12 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from step35_patch import settings as process
 from step35_patch.arguments import megatron_options
 from step35_patch.config.model import Step35Config
+from step35_patch.config.plain_file import read_plain
 from step35_patch.config.problem import Problem
 from step35_patch.costs.estimate import Estimate, estimate
 from step35_patch.costs.launch import (
@@ -42,6 +42,7 @@ from step35_patch.patch.arguments import given_on, installed_problems
 from step35_patch.patch.parse_args import YAML, complete
 
 _GIB = 2**30
+_LARGEST_PROGRAM = 4 * 2**20
 
 
 @dataclass
@@ -207,8 +208,8 @@ def _imports_package(program: str) -> bool:
     if unknowns(program) or not os.path.isfile(program):
         return False
     try:
-        tree = ast.parse(Path(program).read_bytes())
-    except (OSError, SyntaxError, ValueError):
+        tree = ast.parse(read_plain(program, _LARGEST_PROGRAM))
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     names = set()
     for node in ast.walk(tree):

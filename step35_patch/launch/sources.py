@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from step35_patch.config.plain_file import open_plain
 from step35_patch.launch.errors import UnreadableLaunch
 
 _MOST_BYTES = 4 * 1024**2
@@ -17,7 +18,7 @@ def read_source(path: Path) -> str:
         UnreadableLaunch: there is no such file, or it is no text.
     """
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             content = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise UnreadableLaunch(f"{path}: {error.strerror or error}") from error

@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_token_prediction import (
+    MTPLossLoggingHelper,
     MultiTokenPredictionLayer,
     get_mtp_ranks,
     roll_tensor,
@@ -188,6 +189,22 @@ class ShareOfTheTokens:
         # The values of one, the gradients of the other.
         summed = losses * (share * self._main_tokens)
         return torch.add(logged.detach(), summed - summed.detach())
+
+
+def make_room_in_the_log(config: TransformerConfig) -> None:
+    """Give Megatron-Core's log of MTP losses, one of a process, an entry for each MTP layer.
+
+    It is made by the first model of a process, and too short for a later one with more of them.
+
+    Args:
+        config: of the model whose losses are next.
+    """
+    tracker = MTPLossLoggingHelper.tracker
+    for name, values in tracker.items():
+        if isinstance(values, Tensor) and len(values) < (config.mtp_num_layers or 0):
+            longer = values.new_zeros(config.mtp_num_layers)
+            longer[: len(values)] = values
+            tracker[name] = longer
 
 
 def share_of_the_tokens(call: dict[str, Any]) -> None:

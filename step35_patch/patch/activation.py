@@ -14,6 +14,7 @@ out of sys.modules and registers itself again.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -32,6 +33,8 @@ from step35_patch.patch.targets import TARGETS, TESTED, Hook, Target
 from step35_patch.settings import Step35ActivationError
 
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
     from step35_patch.config.model import Step35Config
     from step35_patch.patch.contract import Drift
     from step35_patch.patch.status import Status, TargetStatus
@@ -44,6 +47,7 @@ _HOOKS = "step35_patch.patch.hooks"
 
 _lock = threading.RLock()
 _armed: set[str] = set()  # modules whose hook waits for their import
+_arming = ""  # the one whose hook is being left
 _followers: dict[str, Callable[[ModuleType], None]] = {}  # see activate_on_import
 _refusals: dict[str, str] = {}  # module: why its last import was refused
 
@@ -75,8 +79,7 @@ def activate(
     """
     settings.ask_for(config, gate_layout, window, padded_logits)
     with _lock:
-        if not any(isinstance(finder, _MegatronFinder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _MegatronFinder())
+        _go_first()
     if "megatron" in sys.modules:
         _cover_targets()
 
@@ -131,10 +134,13 @@ def _targets_of(module: str) -> list[Target]:
 
 
 class _MegatronFinder:
-    """On sys.meta_path: finds nothing, but leaves the hooks when the import of megatron begins.
+    """On sys.meta_path: leaves the hooks when the import of megatron begins, and has them called.
 
     Not earlier, because wrapt may not be importable while a1_step35_patch.pth runs: `site` adds the
     folders of a user's or of a virtual environment's packages before those of the system.
+
+    wrapt's own finder imports a module's package in the middle of a search, which waits for ever
+    where another thread is importing that package: importlib lets one thread search at a time.
     """
 
     def find_spec(
@@ -142,13 +148,53 @@ class _MegatronFinder:
         fullname: str,
         path: Sequence[str] | None = None,
         target: ModuleType | None = None,
-    ) -> None:
+    ) -> ModuleSpec | None:
         if fullname == "megatron" and settings.enabled():
             _cover_targets()
+        if fullname not in _armed and fullname not in _followers:
+            return None
+        for finder in tuple(sys.meta_path):
+            if finder is self or type(finder).__module__ == "wrapt.importer":
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    # It is one by what it answers, not by its class: that takes long to import.
+                    spec.loader = _TellingLoader(spec.loader)  # type: ignore[assignment]
+                return spec
+        return None
+
+
+class _TellingLoader:
+    """A module's loader, which tells wrapt that the module is there."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        import wrapt
+
+        # Others look at what a module was loaded by: for its source, or its data.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        wrapt.notify_module_loaded(module)
+
+
+_finder = _MegatronFinder()
 
 
 def _cover_targets() -> None:
     """Leave a hook for each module with targets that is not imported; patch those that are."""
+    global _arming
     import wrapt
 
     modules = dict.fromkeys(target.module for target in TARGETS)
@@ -157,16 +203,26 @@ def _cover_targets() -> None:
         for name in modules:
             if name not in sys.modules and name not in _armed:
                 _armed.add(name)
+                _arming = name
                 wrapt.register_post_import_hook(_imported, name)
+        _arming = ""
+        _go_first()
+        passed = _passed_by()
     # Another thread may be in the middle of importing one: wait for that, without our lock.
     imported = [
         importlib.import_module(name)
         for name in modules
-        if name in sys.modules and name not in _armed
+        if name in sys.modules and (name not in _armed or name in passed)
     ]
     with _lock:
+        # The hook of those that another thread began to import before it was left never comes.
+        for module in [module for module in imported if module.__name__ in passed]:
+            if module.__name__ not in _armed or _is_being_imported(module):
+                imported.remove(module)
+            else:
+                _armed.discard(module.__name__)
         for module in imported:
-            if getattr(module.__spec__, "_initializing", False):
+            if _is_being_imported(module):
                 raise Step35ActivationError(
                     f"{module.__name__}: step35_patch is activated in the middle of its import. "
                     "Import step35_patch before megatron, or after it.",
@@ -177,6 +233,26 @@ def _cover_targets() -> None:
             _wrap(module)
     for name in _followers:
         wrapt.register_post_import_hook(_follow, name)  # at once if it is imported
+
+
+def _go_first() -> None:
+    """Put the finder before all others, wrapt's among them."""
+    if not sys.meta_path or sys.meta_path[0] is not _finder:
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(_finder)
+        sys.meta_path.insert(0, _finder)
+
+
+def _passed_by() -> set[str]:
+    """The modules that are there, or on their way, while their hook still waits.
+
+    What somebody put there by hand, without a spec, is no module of Megatron's.
+    """
+    return {name for name in _armed if getattr(sys.modules.get(name), "__spec__", None)}
+
+
+def _is_being_imported(module: ModuleType) -> bool:
+    return getattr(module.__spec__, "_initializing", False)
 
 
 def _follow(module: ModuleType) -> None:
@@ -190,7 +266,8 @@ def _imported(module: ModuleType) -> None:
     name = module.__name__
     with _lock:
         _armed.discard(name)
-        if not settings.enabled():
+        # Called while it is being left: another thread has just begun to import the module.
+        if name == _arming or not settings.enabled():
             return
         try:
             _check(module)
@@ -236,6 +313,8 @@ def _wrap(module: ModuleType) -> None:
 
 
 def _hook_of(target: Target) -> Hook:
+    if _passed_by():
+        _cover_targets()
     hook: Hook = getattr(importlib.import_module(_HOOKS), target.wrapper)
     return hook
 

@@ -52,15 +52,20 @@ def _of_target(module: ModuleType, target: Target) -> Iterator[Drift]:
     if wrapped is None:
         return
     parameters = inspect.signature(wrapped).parameters
-    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-        return  # somebody's wrapper, which hands on what it does not name
     gone = [name for name in target.parameters if name not in parameters]
-    if gone:
-        yield Drift(
-            f"{target.attribute}: expected the parameter{'s' * (len(gone) > 1)} {', '.join(gone)}, "
-            f"found ({', '.join(parameters)})",
-            target.reports,
+    if not gone:
+        return
+    hint = ""
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        hint = (
+            f" of {wrapped.__module__}.{wrapped.__qualname__}, somebody's wrapper that does not "
+            "say what it hands on; give it functools.wraps, or put it there after step35_patch"
         )
+    yield Drift(
+        f"{target.attribute}: expected the parameter{'s' * (len(gone) > 1)} {', '.join(gone)}, "
+        f"found ({', '.join(parameters)}){hint}",
+        target.reports,
+    )
 
 
 def _of_config() -> Iterator[Drift]:

@@ -217,8 +217,8 @@ def _requirements(found: Diagnosis) -> None:
         extras = metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
     except metadata.PackageNotFoundError:
         found.notices.append(
-            f"{DISTRIBUTION} has no metadata here (a copy, on PYTHONPATH or in an archive): what "
-            "it requires was not compared with what is installed"
+            f"{DISTRIBUTION} has no metadata here (a copy on PYTHONPATH): what it "
+            "requires was not compared with what is installed"
         )
         return
     requirements = [Requirement(line) for line in lines]
@@ -284,7 +284,7 @@ def _startup(found: Diagnosis) -> bool:
         found.startup = f"{Path(startup).with_name(STARTUP_FILE)}; runs with STEP35_PATCH=1"
         return True
     found.startup = f"{file}; not run, no folder of site's" if file else f"no {STARTUP_FILE}"
-    text = "a new interpreter does not run it (a copy on PYTHONPATH or in an archive, or python -S)"
+    text = "a new interpreter does not run it (a copy on PYTHONPATH, or python -S)"
     if is_on:
         found.problems.append(
             ConfigProblem(
@@ -309,7 +309,7 @@ def _startup_files() -> Iterator[Path]:
 
 def _run(environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(  # noqa: S603  # this interpreter, with our own words
+        return subprocess.run(  # noqa: S603  # nosec B603  # this interpreter, with our words
             [sys.executable, *arguments],
             env=environment,
             capture_output=True,

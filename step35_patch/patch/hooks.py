@@ -236,6 +236,7 @@ def process_mtp_loss(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs
     if not mtp.has_output_heads(output_layer) and runtime_for(call["config"]) is None:
         return wrapped(*args, **kwargs)
     call["output_layer"] = mtp.by_depth(output_layer)
+    mtp.make_room_in_the_log(call["config"])
     call["runtime_gather_output"] = False  # nobody sees these logits but the loss
     if "packed_seq_params" in call:
         call["packed_seq_params"] = mtp.by_slots(call["packed_seq_params"])

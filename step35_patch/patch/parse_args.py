@@ -110,7 +110,8 @@ def parse(parse_args: Callable[..., Any], call: dict[str, Any]) -> Any:
     parsers: list[argparse.ArgumentParser] = []
 
     def with_ours(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parsers.append(add_arguments(extra(parser) if extra is not None else parser))
+        theirs = extra(parser) if extra is not None else parser  # nosec B610  # not Django's extra()
+        parsers.append(add_arguments(theirs))
         return parsers[0]
 
     args = parse_args(**(call | {"extra_args_provider": with_ours}))

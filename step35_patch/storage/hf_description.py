@@ -16,6 +16,7 @@ import torch
 
 from step35_patch.config.model import Step35Config
 from step35_patch.config.quantization import QUANTIZATION_FIELDS
+from step35_patch.storage.errors import CheckpointError
 from step35_patch.tensors.published import SAFETENSORS_DTYPES
 
 _DTYPE_FIELDS = ("torch_dtype", "dtype")  # dtype is transformers' newer name
@@ -109,13 +110,31 @@ def index_document(weight_map: dict[str, str], total_bytes: int) -> bytes:
 def files_to_copy(folder: Path) -> list[Path]:
     """Tokenizer, generation config, code and whatever else says nothing of the weights.
 
-    Links are followed; hidden files and folders are left out.
+    Hidden files and folders are left out. Links are followed to files of the folder, and to those
+    that a snapshot in the hub's cache consists of.
+
+    Raises:
+        CheckpointError: A link leads elsewhere: whoever made the folder would choose a file of this
+            machine, to be published with the output.
     """
     left_out = (*_WEIGHTS, *_OF_QUANTIZERS, *_OF_THE_OTHER_WEIGHTS)
-    return sorted(
+    found = sorted(
         path
         for path in folder.iterdir()
         if path.is_file()
         and not path.name.startswith(".")
         and not any(fnmatch(path.name, pattern) for pattern in left_out)
     )
+    own = folder.resolve()
+    places = [own]
+    if own.parent.name == "snapshots":
+        places.append(own.parents[1] / "blobs")
+    problems = [
+        f"{path.name}: expected a file, or a link to one in the folder or the hub's cache, found a "
+        f"link to {path.resolve()}; put a copy in its place"
+        for path in found
+        if not any(path.resolve().is_relative_to(place) for place in places)
+    ]
+    if problems:
+        raise CheckpointError(folder, problems)
+    return found

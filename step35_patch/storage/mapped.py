@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from step35_patch.config.plain_file import open_plain
+
 _BLOCK = 2**24
 # Pages stay in memory up to this many bytes of what has been read.
 _KEPT = 2**28
@@ -36,7 +38,7 @@ class MappedFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             self.size = os.fstat(file.fileno()).st_size
             # An empty file can't be mapped, and has nothing to read.
             self._map = (

@@ -10,10 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from step35_patch.config.plain_file import open_plain, read_plain
 from step35_patch.storage.mapped import MappedFiles
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# The published one takes a few hundred kilobytes.
+_LARGEST_INDEX = 64 * 2**20
 
 # safetensors' names of the dtypes that are read.
 DTYPES = {
@@ -78,11 +81,11 @@ class Shards:
             problems.append(f"expected {INDEX} or {SINGLE}, found neither")
             return []
         try:
-            weight_map = json.loads((self.path / INDEX).read_text("utf-8"))["weight_map"]
+            weight_map = json.loads(read_plain(self.path / INDEX, _LARGEST_INDEX))["weight_map"]
             names = sorted(set(weight_map.values()))
             if not all(isinstance(name, str) for name in names):
                 raise TypeError("names of files that are no text")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             problems.append(f"{INDEX}: expected an object with a weight_map, found: {error!r}")
             return []
         self._index = weight_map
@@ -92,10 +95,11 @@ class Shards:
 
     def _open(self, name: str) -> None:
         try:
+            open_plain(self.path / name).close()  # which safe_open might wait for
             # It checks that the header describes the file, to the last byte.
             with safe_open(self.path / name, framework="pt") as file:
                 keys = list(file.keys())
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             self.problems.append(f"{name}: not readable as safetensors: {error}")
             return
         self._opened.append(name)

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from step35_patch.config.plain_file import open_plain, read_plain
 from step35_patch.storage.errors import CheckpointError
 from step35_patch.storage.inert_pickle import Inert, Named, load_inert
 from step35_patch.storage.mapped import MappedFiles
@@ -41,6 +42,7 @@ from step35_patch.storage.torch_archive import Archive, storage_name
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
+_LARGEST_TRACKER = 4096
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 # Of a checkpoint with common.pt, which all versions of Megatron-Core read.
 FORMAT_CONTENT = {
@@ -134,7 +136,8 @@ class TorchDistFolder:
     def _read_metadata(self) -> dict[str, StoredTensor]:
         file = self.path / METADATA
         try:
-            metadata = load_inert(file.read_bytes())
+            with open_plain(file) as opened:
+                metadata = load_inert(opened.read())
             places = {
                 _index(index): _place(index.fqn, info)
                 for index, info in metadata.storage_data.items()
@@ -177,7 +180,8 @@ class TorchDistFolder:
         """
         try:
             if (file := self.path / COMMON).exists():
-                state = Archive(memoryview(file.read_bytes())).object()
+                with open_plain(file) as opened:
+                    state = Archive(memoryview(opened.read())).object()
             elif (place := self._bytes.get("common_state/shard_0_1")) is not None:
                 view = self._files.get(place.file).view(place.offset, place.length)
                 state = Archive(view).object()[0]
@@ -396,7 +400,10 @@ def _iteration_folder(path: Path) -> Path:
         raise CheckpointError(
             path, [f"expected {TRACKER} or {METADATA} of a torch_dist checkpoint, found {found}"]
         )
-    text = tracker.read_bytes().decode("utf-8", "replace").strip()
+    try:
+        text = read_plain(tracker, _LARGEST_TRACKER).decode("utf-8", "replace").strip()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(path, [f"{TRACKER}: not readable: {error}"]) from error
     if text != RELEASE and not text.isdecimal():
         raise CheckpointError(path, [f"{TRACKER}: expected an iteration, found {text!r}"])
     folder = path / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")

@@ -1,6 +1,8 @@
 """Whatever lies at a path, it is a config or a `Step35ConfigError` that names the file."""
 
 import json
+import os
+import socket
 
 import pytest
 from support.config_samples import tiny
@@ -104,6 +106,25 @@ def test_a_path_without_a_config(tmp_path):
             Step35Config.from_pretrained(path)
         assert str(path) in str(caught.value)
         assert "expected a config.json or a folder with one" in str(caught.value)
+
+
+def test_what_has_no_end_or_no_beginning(tmp_path, monkeypatch):
+    """A FIFO that nobody writes into, a device, a socket, and links that go round."""
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "config.json")
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+        listener.bind("socket")
+        for path, found in (
+            (tmp_path, "no regular file"),
+            (tmp_path / "config.json", "no regular file"),
+            ("/dev/zero", "no regular file"),
+            (tmp_path / "socket", "found"),
+            (tmp_path / "loop", "Too many levels of symbolic links"),
+        ):
+            with pytest.raises(Step35ConfigError, match=found) as caught:
+                Step35Config.from_pretrained(path)
+            assert "expected a config.json or a folder with one" in str(caught.value)
 
 
 def test_a_file_that_cannot_be_opened(tmp_path):

@@ -5,12 +5,14 @@ What is wrong is said with file and name, and nothing that a pickle names is cal
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import pickletools
 import random
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,9 +266,71 @@ def _common_state_of_another_model(folder):
     return ["config fingerprint: 0123 in the checkpoint", "carries no config"]
 
 
+def _common_state_of_a_zip_bomb(folder):
+    """A hundred kilobytes that would be a hundred megabytes; torch.save compresses nothing."""
+    with zipfile.ZipFile(folder / RELEASE / "common.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**8))
+    return ["common", "no stored data.pkl"]
+
+
+def _record_of_a_zip_bomb(folder):
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**8))
+    file, *_ = _distcp_of(folder, EXPERTS)
+    _exchange_record(folder, bomb.getvalue())
+    return [f"{EXPERTS}: in {file.name}: damaged record: no stored data.pkl"]
+
+
+def _exchange_record(folder, record):
+    """Let the metadata name another record for a tensor's first chunk, at the end of its file."""
+    file, *_ = _distcp_of(folder, EXPERTS)
+    end = file.stat().st_size
+    with open(file, "ab") as opened:
+        opened.write(record)
+
+    def change(metadata):
+        place = _places(metadata, EXPERTS)[0]
+        place.offset, place.length = end, len(record)
+        return EXPERTS
+
+    _change_metadata(folder, change)
+
+
+def _common_state_without_an_end(folder):
+    (folder / RELEASE / "common.pt").unlink()
+    (folder / RELEASE / "common.pt").symlink_to("/dev/zero")
+    return ["common", "no regular file"]
+
+
+def _fifo_for_the_metadata(folder):
+    (folder / RELEASE / ".metadata").unlink()
+    os.mkfifo(folder / RELEASE / ".metadata")
+    return [".metadata: not readable", "no regular file"]
+
+
+def _fifo_for_a_distcp(folder):
+    file, *_ = _distcp_of(folder, EXPERTS)
+    file.unlink()
+    os.mkfifo(file)
+    return [f"in {file.name}: ", "no regular file"]
+
+
+def _tracker_without_an_end(folder):
+    (folder / TRACKER).unlink()
+    (folder / TRACKER).symlink_to("/dev/zero")
+    return [f"{TRACKER}: not readable", "no regular file"]
+
+
 @pytest.mark.parametrize(
     "harm",
     [
+        _common_state_of_a_zip_bomb,
+        _record_of_a_zip_bomb,
+        _common_state_without_an_end,
+        _fifo_for_the_metadata,
+        _fifo_for_a_distcp,
+        _tracker_without_an_end,
         _truncated_distcp,
         _empty_distcp,
         _missing_distcp,
@@ -344,19 +408,9 @@ def _forge_common_state(folder, bomb):
 
 
 def _forge_record(folder, bomb):
-    file, *_ = _distcp_of(folder, EXPERTS)
-    record = folder.parent / "record"
+    record = io.BytesIO()
     torch.save(bomb, record)
-    end = file.stat().st_size
-    with open(file, "ab") as opened:
-        opened.write(record.read_bytes())
-
-    def change(metadata):
-        place = _places(metadata, EXPERTS)[0]
-        place.offset, place.length = end, record.stat().st_size
-        return EXPERTS
-
-    _change_metadata(folder, change)
+    _exchange_record(folder, record.getvalue())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -118,6 +119,50 @@ def _index_that_leaves(folder):
     ]
 
 
+def _index_that_names_the_folder_above(folder):
+    reindex(folder, lambda index: index.update({HEAD: ".."}))
+    return ["..: not readable as safetensors"]
+
+
+def _index_nested_too_deeply(folder):
+    (folder / INDEX).write_text('{"weight_map": ' + "[" * 100_000)
+    return [f"{INDEX}: expected an object with a weight_map"]
+
+
+def _index_without_an_end(folder):
+    (folder / INDEX).unlink()
+    (folder / INDEX).symlink_to("/dev/zero")
+    return [f"{INDEX}: expected an object with a weight_map", "no regular file"]
+
+
+def _index_that_is_too_large(folder):
+    os.truncate(folder / INDEX, 2**26 + 1)
+    return [f"{INDEX}: expected an object with a weight_map", "expected at most 67108864 bytes"]
+
+
+def _fifo_for_a_shard(folder):
+    (folder / "b.safetensors").unlink()
+    os.mkfifo(folder / "b.safetensors")
+    return ["b.safetensors: not readable as safetensors", "no regular file, but a FIFO"]
+
+
+def _links_that_go_round(folder):
+    for name, other in (("b", "c"), ("c", "b")):
+        (folder / f"{name}.safetensors").unlink()
+        (folder / f"{name}.safetensors").symlink_to(f"{other}.safetensors")
+    return ["b.safetensors: not readable", "c.safetensors: not readable"]
+
+
+def _shape_beyond_any_memory(folder):
+    """Of no bytes, by the header's own account; or of as many as there are in 64 bits."""
+    for file, shape, end in (("a", [2**62, 4], 0), ("b", [2**32, 2**31], 2**63)):
+        described = {NORM: {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}
+        header = json.dumps(described).encode()
+        content = len(header).to_bytes(8, "little") + header
+        (folder / f"{file}.safetensors").write_bytes(content)
+    return ["a.safetensors: not readable as safetensors", "b.safetensors: not readable"]
+
+
 def _stored_twice(folder):
     value = load_file(_shard_of(folder, HEAD))[HEAD]
     first, second = sorted({"a.safetensors", "b.safetensors"})
@@ -173,6 +218,13 @@ def _all_at_once(folder):
         _index_with_a_list,
         _index_with_a_zero_byte,
         _index_that_leaves,
+        _index_that_names_the_folder_above,
+        _index_nested_too_deeply,
+        _index_without_an_end,
+        _index_that_is_too_large,
+        _fifo_for_a_shard,
+        _links_that_go_round,
+        _shape_beyond_any_memory,
         _stored_twice,
         _not_where_the_index_says,
         _all_at_once,

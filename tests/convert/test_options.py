@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -125,10 +126,13 @@ def test_checkpoint_of_another_dtype_than_the_config(tmp_path):
 
 
 def test_other_files_are_copied_along(case, tmp_path):
-    _, _, hf = case
-    blob = tmp_path / "blob"
-    blob.write_text("{}")
-    (hf / "tokenizer.json").symlink_to(blob)  # as the hub's cache has it
+    """Those of a snapshot in the hub's cache, where files are links."""
+    hf = tmp_path / "cache" / "snapshots" / "0123"
+    (tmp_path / "cache" / "blobs").mkdir(parents=True)
+    shutil.copytree(case[2], hf)
+    (tmp_path / "cache" / "blobs" / "blob").write_text("{}")
+    (hf / "tokenizer.json").symlink_to("../../blobs/blob")
+    (hf / "tokenizer_2.json").symlink_to("tokenizer.json")
     (hf / "generation_config.json").write_text('{"temperature": 1}')
     (hf / ".hidden").write_text("")
     (hf / "pytorch_model.bin").write_bytes(b"weights of another kind")
@@ -136,9 +140,30 @@ def test_other_files_are_copied_along(case, tmp_path):
     convert_to_megatron(hf, tmp_path / "m")
     convert_to_hf(tmp_path / "m", tmp_path / "back", hf_dir=hf)
     copied = {p.name for p in (tmp_path / "back").iterdir() if p.suffix != ".safetensors"}
-    assert copied == {"config.json", INDEX, "tokenizer.json", "generation_config.json"}
+    assert copied == {"config.json", INDEX, "tokenizer.json", "tokenizer_2.json"} | {
+        "generation_config.json"
+    }
     assert not (tmp_path / "back" / "tokenizer.json").is_symlink()
     assert (tmp_path / "back" / "generation_config.json").read_text() == '{"temperature": 1}'
+
+
+@pytest.mark.parametrize("place", ["hf", "snapshots/0123"], ids=["a folder", "a snapshot"])
+def test_links_to_other_files_are_not_copied(case, tmp_path, place):
+    """Whoever made the folder would choose what of this machine is published with the output."""
+    hf = tmp_path / "some" / place
+    shutil.copytree(case[2], hf)
+    secret = tmp_path / "secret"
+    secret.write_text("a key")
+    (hf / "notes.txt").symlink_to(secret)
+    (hf / "more.txt").symlink_to("notes.txt")
+    (hf / "loop.txt").symlink_to("loop.txt")
+    convert_to_megatron(hf, tmp_path / "m")
+    with pytest.raises(CheckpointError) as caught:
+        convert_to_hf(tmp_path / "m", tmp_path / "back", hf_dir=hf)
+    names = [problem.partition(":")[0] for problem in caught.value.problems]
+    assert names == ["more.txt", "notes.txt"]
+    assert str(secret) in str(caught.value)
+    assert not (tmp_path / "back").exists()
 
 
 def test_untrained_mtp_layers_are_copied(case, tmp_path):

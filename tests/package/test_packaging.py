@@ -43,7 +43,7 @@ def test_wheel_contents(wheel):
     assert top == STARTUP | {"step35_patch", f"step35_patch-{metadata['Version']}.dist-info"}
     assert metadata["Name"] == "step35-patch"
     assert metadata["License"] == "Apache-2.0" or metadata["License-Expression"] == "Apache-2.0"
-    extras = {"training", "te", "bridge", "muon", "reference", "launch", "plot", "dev"}
+    extras = {"training", "te", "bridge", "muon", "reference", "launch", "plot", "dev", "audit"}
     assert set(metadata.get_all("Provides-Extra")) == extras
 
 

@@ -46,7 +46,8 @@ def test_this_megatron_core_is_what_is_known():
     ("source", "words"),
     [
         ("class Model:\n    def loss(self, config, labels=None): pass", None),
-        ("class Model:\n    def loss(self, *args, **kwargs): pass", None),
+        ("class Model:\n    def loss(self, config, *args, labels=None, **kwargs): pass", None),
+        ("class Model:\n    def loss(self, *args, **kwargs): pass", "give it functools.wraps"),
         ("class Model:\n    pass", None),  # a missing target is said elsewhere
         ("class Model:\n    def loss(self, config): pass", "expected the parameter labels, found"),
         (

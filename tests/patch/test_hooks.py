@@ -96,6 +96,21 @@ def test_hand_made_config_of_the_active_shape_becomes_the_model(active):
     assert changed <= {"_cpu_offloading_context"}
 
 
+def test_another_config_activated_later_leaves_the_first_model_alone(active, tmp_path):
+    """Also one of the same number of layers and hidden size, by which configs are recognised."""
+    models = []
+    for seed, config in ((31, active[0]), (32, tiny_config(sliding_window=5, swiglu_limits=None))):
+        weights = random_weights(config, seed)
+        folder = write_hf_folder(tmp_path / f"hf {seed}", config, weights)
+        step35_patch.activate(folder)
+        transformer_config = hand_made(config)
+        model = gpt_model(transformer_config, *specs(transformer_config))
+        load_hf_weights(model, folder)
+        models.append((model, Reference(config, weights), seed))
+    for model, reference, seed in models:
+        compare(model, reference, seed=seed, length=30)
+
+
 def test_other_model_is_built_as_before(active):
     config = other_model()
     spec = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False)

@@ -35,6 +35,8 @@ def _described(path: Path) -> Any:
         return os.readlink(path)
     if path.is_dir():
         return "folder"
+    if not path.is_file():
+        return "no regular file"
     return path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -32,11 +32,7 @@ def initialize_megatron(world_size: int = 1, **sizes: int) -> None:
 
 def build(hf_dir: Path, **overrides) -> torch.nn.Module:
     """A GPTModel on the CPU with the weights of a folder, on the implementation that is tested."""
-    from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-
     initialize_megatron()
-    # Process-wide, and of the size of the first model's MTP layers.
-    MTPLossLoggingHelper.tracker.clear()
     options = {
         "transformer_impl": IMPLEMENTATION,
         "moe_grouped_gemm": ON_TRANSFORMER_ENGINE,
