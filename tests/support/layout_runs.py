@@ -155,7 +155,7 @@ def run(
         command,
         capture_output=True,
         text=True,
-        env=_environment(*python_path) | _stand_in(more) | {"STEP35_CONFIG": str(config)},
+        env=environment(*python_path) | _stand_in(more) | {"STEP35_CONFIG": str(config)},
         timeout=timeout,
         check=False,
     )
@@ -165,7 +165,8 @@ def run(
     return output
 
 
-def _environment(*python_path: Path) -> dict[str, str]:
+def environment(*python_path: Path) -> dict[str, str]:
+    """Of a script's run on the CPU; `python_path` goes before all else."""
     return {
         **{n: v for n, v in os.environ.items() if not n.startswith("STEP35_")},
         "OMP_NUM_THREADS": "1",
@@ -203,7 +204,7 @@ class ForkedRuns:
         imports = "import torch._dynamo, torch.distributed.checkpoint\n"
         if not implementation.ON_TRANSFORMER_ENGINE:
             imports += "from step35_patch import cpu\ncpu.install()\nimport megatron.training\n"
-        self.ranks = Ranks(folder, imports, _environment())
+        self.ranks = Ranks(folder, imports, environment())
 
     def run(self, config: Path, *more: str, processes: int = 1) -> str:
         """As `run`, with ranks forked from one process for all runs."""
