@@ -31,7 +31,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -221,7 +221,7 @@ class Training:
             figures.wrong += self.is_wrong(tracked)
         elif self.announced:  # as a user has to
             (self.save / TRACKER).write_text(str(max(self.announced)))
-        step = killed_training.logged(ended.text)[-1]
+        step = max(killed_training.logged(ended.text), default=newest)
         say(f"{fault}: status {ended.status} after {step}, newest {newest}, now {tracked}")
 
     def is_wrong(self, iteration: int) -> bool:

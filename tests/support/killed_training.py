@@ -151,7 +151,16 @@ def wait_for_step(run: Run, iteration: int, chance: random.Random) -> bool:
 def wait_for_save(run: Run, save: Path, iteration: int, stage: str, chance: random.Random) -> bool:
     """Until so much of an iteration's checkpoint is there, and some milliseconds on."""
     folder, pattern = folder_of(save, iteration), STAGES[stage]
-    there = wait_until(run, lambda: any(folder.glob(pattern)) if pattern else folder.exists())
+    there = wait_until(run, lambda: reached(run) >= iteration)
+    began = time.time()  # a killed run may have left such files
+
+    def is_there() -> bool:
+        paths = folder.glob(pattern) if pattern else [folder] if folder.exists() else []
+        with contextlib.suppress(FileNotFoundError):  # one that is being renamed
+            return any(not pattern or path.stat().st_mtime > began for path in paths)
+        return False
+
+    there = there and wait_until(run, is_there)
     time.sleep(chance.uniform(0, 0.02))
     return there and not run.has_ended()
 
@@ -204,7 +213,7 @@ def _contents(folder: Path) -> dict[str, Any]:
 
 
 def _random_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Without that of torch's CPU: each start's data loaders draw a number, and nothing else does."""
+    """Without that of torch's CPU, from which only the data loaders draw, once a start."""
     return {name: _plain(value) for name, value in state.items() if name != "torch_rng_state"}
 
 

@@ -1,0 +1,128 @@
+"""What a test or tools/faults.py does to conversions while they run."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.conversion_runs import STOP, Ended, Run, at_change
+from support.conversion_world import MANY, Direction, finished_files, staged, tree
+
+# --- Kills --------------------------------------------------------------------------------------
+
+# How a run ends by each signal: interrupted, it says so.
+STATUS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 130}
+
+
+@dataclass
+class Killed:
+    """How often by each signal, in how many outputs, of which some were resumed from files."""
+
+    times: dict[int, int]
+    outputs: int = 0
+    resumed: int = 0
+
+
+def kill_at_random(
+    direction: Direction,
+    folder: Path,
+    kills: int,
+    chance: random.Random,
+    *,
+    overwrite: bool = False,
+    numbers: tuple[int, ...] = (signal.SIGKILL,),
+    told: str = "",
+) -> Killed:
+    """So many kills, up to three upon what the one before left, and a run to the end behind them.
+
+    Asserts after each that no input is changed and that the output is the old one or none, and at
+    the end that it is that of a run that nothing disturbed.
+    """
+    wanted, options = direction.wanted[MANY], ["--overwrite"] if overwrite else []
+    old = tree(direction.old) if overwrite else None
+    before = tree(direction.source), tree(direction.hf)
+    killed = Killed(dict.fromkeys(numbers, 0))
+    while sum(killed.times.values()) < kills:
+        killed.outputs += 1
+        out = folder / f"out{killed.outputs}"
+        if overwrite:
+            shutil.copytree(direction.old, out)
+        for _ in range(chance.choice([1, 1, 2, 3])):
+            number = chance.choice(numbers)
+            run = direction.server.start(direction.argv(out, *options))
+            _wait_for_a_random_moment(run, out, len(wanted), chance)
+            run.signal(number)
+            ended = run.wait()
+            assert (tree(direction.source), tree(direction.hf)) == before, told
+            killed.times[number] += ended.status == STATUS[number]
+            if tree(out) == wanted:
+                break
+            assert ended.status == STATUS[number], f"{told}: {ended.text}"
+            between = tree(out) is None and tree(staged(out) / "old") == old
+            assert tree(out) == old or between, f"{told}: {ended.text}"
+        else:
+            finished = len(finished_files(out))
+            ended = direction.convert(out, *options)
+            assert ended.status == 0, f"{told}: {ended.text}"
+            killed.resumed += finished > 0
+            assert (f"going on: {finished} of" in ended.text) == (finished > 0), ended.text
+            direction.assert_whole(out)
+    return killed
+
+
+def _wait_for_a_random_moment(run: Run, out: Path, files: int, chance: random.Random) -> None:
+    """Once so many more files are finished, and some milliseconds on."""
+    goal = chance.randint(len(finished_files(out)), files)
+    while len(finished_files(out)) < goal and not run.has_ended():
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.01))
+
+
+# --- Sources that change ------------------------------------------------------------------------
+
+
+def _cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def _cut_by_a_byte(path: Path) -> None:
+    """Of a mapped file the rest of the page would be zeros."""
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def _written_again(path: Path) -> None:
+    """Other bytes, as many as before."""
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(os.urandom(path.stat().st_size // 2))
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "cut short": _cut_short,
+    "cut by a byte": _cut_by_a_byte,
+    "written again": _written_again,
+}
+
+
+def weights_of(source: Path) -> list[Path]:
+    """A source's files of weights."""
+    return sorted([*source.rglob("*.safetensors"), *source.rglob("__*.distcp")])
+
+
+def change_while_it_is_read(
+    direction: Direction, source: Path, out: Path, change: Callable[[Path], None], number: int
+) -> Ended:
+    """Run with a source whose files change just before a run's `number`-th change on the disk."""
+    argv = direction.argv(out, source=source)
+    run = direction.server.start(argv, at_change(number, STOP))
+    run.wait_until_stopped()
+    for path in weights_of(source):
+        change(path)
+    run.signal(signal.SIGCONT)
+    return run.wait()
