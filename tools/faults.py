@@ -31,6 +31,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,8 +40,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
 import paired  # noqa: E402
-from support import killed_training, layout_runs, traces  # noqa: E402
-from support.conversion_world import TRACKER  # noqa: E402
+from support import clocks, conversion_faults, killed_training, layout_runs, traces  # noqa: E402
+from support.conversion_runs import Server  # noqa: E402
+from support.conversion_world import TRACKER, make_world  # noqa: E402
 from support.disks import fill, mounted, remount  # noqa: E402
 from support.killed_training import Launched, folder_of, named  # noqa: E402
 
@@ -97,23 +99,6 @@ def say(text: str) -> None:
 
 # --- Training -----------------------------------------------------------------------------------
 
-# Python's clock jumps at every twentieth look at it, forth by up to two days and back by up to one.
-_CLOCK = """
-import random, time
-
-chance, right, looks, offset = random.Random(), time.time, 0, 0.0
-
-def jumping():
-    global looks, offset
-    looks += 1
-    if looks % 20 == 0:
-        offset = chance.uniform(-86400, 172800)
-    return right() + offset
-
-time.time = jumping
-time.time_ns = lambda: int(jumping() * 1e9)
-"""
-
 KILLS = ("SIGKILL in a step", "SIGTERM in a step", "SIGKILL in a save", "SIGTERM in a save")
 DISKS = ("disk full, then cleaned", "disk full, then enlarged", "disk read-only, then writable")
 CLOCK = "clock that jumps, then SIGKILL"
@@ -132,7 +117,7 @@ class Training:
         self.temporary, self.clock = folder / "tmp", folder / "clock"
         for path in (self.temporary, self.clock):
             path.mkdir()
-        (self.clock / "sitecustomize.py").write_text(_CLOCK)
+        (self.clock / "sitecustomize.py").write_text(clocks.JUMPING)
         self.announced: set[int] = set()
         self.last: str | None = None
 
@@ -257,6 +242,41 @@ def train(
     return list(training.table.rows.values())
 
 
+# --- Conversions --------------------------------------------------------------------------------
+
+
+def convert(folder: Path, quick: bool) -> list[Figures]:
+    """Both directions; of each fault that a run has, the next one has to make the output whole."""
+    mark, temporary, chance = f"{os.getpid()} {folder}", folder / "tmp", random.Random(SEED)
+    temporary.mkdir(parents=True)
+    os.environ |= {traces.VARIABLE: mark, "TMPDIR": str(temporary)}
+    server = Server(folder)
+    world = make_world(folder / "world", server)
+    rows = []
+    for direction in world.directions.values():
+        table = Table(f"convert {direction.name}")
+        for fault, (times, meet) in conversion_faults.FAULTS.items():
+            figures = table.of(fault)
+            for number in range(1 if quick else times):
+                place = folder / f"{direction.name} {fault} {number}"
+                with mounted(place, "16m"):
+                    figures.times += 1
+                    try:
+                        meet(direction, place, chance)
+                        figures.recovered += 1
+                    except AssertionError:
+                        traceback.print_exc()
+                        figures.wrong += 1
+                left = traces.processes(mark) - {server.process.pid, os.getpid()}
+                figures.left_processes += len(left)
+                figures.left_ports += len(traces.ports([server.process.pid, *left]))
+                table.count_files(fault, [temporary, SHARED_MEMORY])
+            say(str(figures))
+        rows += table.rows.values()
+    server.close()
+    return rows
+
+
 # --- All ----------------------------------------------------------------------------------------
 
 
@@ -276,6 +296,7 @@ PARTS: dict[str, Callable[[Path, bool], list[Figures]]] = {
         others=[],
         processes=2,
     ),
+    "convert": convert,
 }
 
 
@@ -300,7 +321,7 @@ def keep(out: Path, figures: list[Figures]) -> None:
     rows = []
     if out.exists():
         with out.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["part"] != figures[0].part]
+            rows = [r for r in csv.DictReader(file) if r["part"] not in {f.part for f in figures}]
     about = paired.about("megatron-core", threads=1) | {"device": f"CPU ({platform.machine()})"}
     written = [{n: "" if v is None else v for n, v in asdict(f).items()} for f in figures]
     paired.write(out, [*rows, *(about | row for row in written)])

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from support import disks
-from support.conversion_runs import STOP, assert_refused, at_change
-from support.conversion_world import FEW, MANY, ONE, Direction, finished_files, tree
-from support.disks import fill, remount
+from support.conversion_faults import make_read_only, run_out_of_space
+from support.conversion_runs import assert_refused, at_change
+from support.conversion_world import FEW, MANY, ONE, Direction, tree
+from support.disks import remount
 
 from step35_patch.storage.staging import SummedFile
 from step35_patch.storage.torch_dist import save_record
@@ -46,21 +47,13 @@ def test_disk_that_runs_full(direction, tmp_path, number):
     if number < 0:  # those are counted from the end
         number += _changes(direction, tmp_path)
     with mounted(tmp_path / "disk", "8m") as disk:
-        out = disk / "out"
-        run = direction.server.start(direction.argv(out), at_change(number, STOP))
-        run.wait_until_stopped()
-        filler = fill(disk)
-        run.signal(signal.SIGCONT)
-        ended = run.wait()
-        finished = len(finished_files(out))
-        assert_refused(ended, f"{out}: no space left on the disk")
-        assert ("the same command again" in ended.text) == (finished > 0), ended.text
-        assert tree(out) is None
-        filler.unlink()
-        ended = direction.convert(out)
-        assert ended.status == 0, ended.text
-        assert (f"going on: {finished} of" in ended.text) == (finished > 0)
-        direction.assert_whole(out)
+        run_out_of_space(direction, disk, number)
+
+
+@pytest.mark.parametrize("number", [8, 40, 150])
+def test_disk_that_turns_read_only(direction, tmp_path, number):
+    with mounted(tmp_path / "disk", "8m") as disk:
+        make_read_only(direction, disk, number)
 
 
 @pytest.mark.parametrize("bytes_left", [0, 100, 700])

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.conversion_runs import STOP, Ended, Run, at_change
+from support import clocks
+from support.conversion_runs import KILL, STOP, Ended, Run, assert_refused, at_change
 from support.conversion_world import MANY, Direction, finished_files, staged, tree
+from support.disks import fill, remount
 
 # --- Kills --------------------------------------------------------------------------------------
 
@@ -126,3 +128,111 @@ def change_while_it_is_read(
         change(path)
     run.signal(signal.SIGCONT)
     return run.wait()
+
+
+# --- Disks --------------------------------------------------------------------------------------
+
+
+def run_out_of_space(direction: Direction, disk: Path, number: int) -> None:
+    """A disk that is full just before a run's `number`-th change on it, and then is cleaned."""
+    out = disk / "out"
+    run = direction.server.start(direction.argv(out), at_change(number, STOP))
+    run.wait_until_stopped()
+    filler = fill(disk)
+    run.signal(signal.SIGCONT)
+    _assert_resumed(direction, out, run.wait(), "no space left on the disk", filler.unlink)
+
+
+def make_read_only(direction: Direction, disk: Path, number: int) -> None:
+    """A disk that a run is killed on, at its `number`-th change, and that is read-only for a while.
+
+    (While a run has its lock, the system does not let a disk become so.)
+    """
+    out = disk / "out"
+    assert direction.convert(out, hook=at_change(number, KILL)).status == -signal.SIGKILL
+    assert remount(disk, "ro")
+    ended = direction.convert(out)
+    _assert_resumed(direction, out, ended, "Read-only", lambda: remount(disk, "rw"))
+
+
+def _assert_resumed(
+    direction: Direction, out: Path, ended: Ended, said: str, mend: Callable[[], object]
+) -> None:
+    """The run was refused by its disk; once that is mended, the next goes on to a whole output."""
+    finished = len(finished_files(out))
+    assert_refused(ended, f"{out}: ", said)
+    assert ("the same command again" in ended.text) == (finished > 0), ended.text
+    assert tree(out) is None
+    mend()
+    ended = direction.convert(out)
+    assert ended.status == 0, ended.text
+    assert (f"going on: {finished} of" in ended.text) == (finished > 0)
+    direction.assert_whole(out)
+
+
+# --- One of each, at a random moment -------------------------------------------------------------
+
+
+def _killed(number: int, count: int) -> Callable[[Direction, Path, random.Random], None]:
+    def meet(direction: Direction, folder: Path, chance: random.Random) -> None:
+        killed = kill_at_random(direction, folder, count, chance, numbers=(number,))
+        assert killed.times[number] >= count
+
+    return meet
+
+
+def _changed(change: str) -> Callable[[Direction, Path, random.Random], None]:
+    def meet(direction: Direction, folder: Path, chance: random.Random) -> None:
+        source, out = folder / "source", folder / "out"
+        shutil.copytree(direction.source, source)
+        number = chance.randrange(3, 100)
+        ended = change_while_it_is_read(direction, source, out, CHANGES[change], number)
+        assert_refused(ended, "it was changed while it was read", ": expected the")
+        assert tree(out) is None
+        ended = direction.convert(out)
+        assert ended.status == 0, ended.text
+        direction.assert_whole(out)
+
+    return meet
+
+
+def _full(direction: Direction, folder: Path, chance: random.Random) -> None:
+    run_out_of_space(direction, folder, chance.randrange(3, 150))
+
+
+def _read_only(direction: Direction, folder: Path, chance: random.Random) -> None:
+    make_read_only(direction, folder, chance.randrange(3, 150))
+
+
+def _at_once(direction: Direction, folder: Path, chance: random.Random) -> None:
+    """Three on one output: one makes it, the others say why they do not."""
+    out, runs = folder / "out", []
+    for _ in range(3):
+        runs.append(direction.server.start(direction.argv(out)))
+        time.sleep(chance.uniform(0, 0.3))
+    ended = [run.wait() for run in runs]
+    assert sorted(run.status for run in ended) == [0, 1, 1], ended
+    for refused in (run for run in ended if run.status):
+        busy = "another run is writing it" in refused.text
+        assert_refused(refused, f"{out}: {'another run' if busy else 'exists already'}")
+    direction.assert_whole(out)
+
+
+def _clock(direction: Direction, folder: Path, chance: random.Random) -> None:
+    out, hook = folder / "out", clocks.JUMPING + at_change(chance.randrange(40, 150), KILL)
+    assert direction.convert(out, hook=hook).status == -signal.SIGKILL
+    ended = direction.convert(out, hook=clocks.JUMPING)
+    assert ended.status == 0 and "going on:" in ended.text, ended.text
+    direction.assert_whole(out)
+
+
+# How often tools/faults.py has it happen in each direction.
+FAULTS: dict[str, tuple[int, Callable[[Direction, Path, random.Random], None]]] = {
+    "SIGKILL": (13, _killed(signal.SIGKILL, 1)),
+    "SIGTERM": (13, _killed(signal.SIGTERM, 1)),
+    "disk full, then cleaned": (5, _full),
+    "disk read-only, then writable": (5, _read_only),
+    **{f"source {name} while it is read": (4, _changed(name)) for name in CHANGES},
+    "three on one output at once": (5, _at_once),
+    "clock that jumps, and SIGKILL": (5, _clock),
+}

@@ -117,7 +117,9 @@ def folder_of(save: Path, iteration: int) -> Path:
 
 
 def reached(run: Run) -> int:
-    """The last iteration that was logged."""
+    """The last iteration that was logged; 0 if none was."""
+    if not run.log.exists():
+        return 0
     with open(run.log, "rb") as file:
         file.seek(max(0, run.log.stat().st_size - 50_000))
         found = _ITERATION.findall(file.read())

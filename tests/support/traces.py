@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 VARIABLE = "STEP35_TEST_RUN"
@@ -45,10 +45,10 @@ def listening() -> set[str]:
     return {row[9] for row in rows if row[3] == _LISTENS}
 
 
-def gone(mark: str) -> set[int]:
-    """The processes that are still there when there has been time enough to end."""
+def gone(mark: str, besides: Collection[int] = ()) -> set[int]:
+    """The processes, but for some, that are still there when there has been time enough to end."""
     deadline = time.monotonic() + PATIENCE
-    while (left := processes(mark)) and time.monotonic() < deadline:
+    while (left := processes(mark) - set(besides)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
 
