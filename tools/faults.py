@@ -1,6 +1,6 @@
-"""Kill training and conversions for an hour, and count what is lost: benchmarks/results/faults.csv.
+"""Kill training and conversions, and count what is lost: benchmarks/results/faults.csv.
 
-    python tools/faults.py                    # all parts
+    python tools/faults.py                    # all parts, in half an hour
     python tools/faults.py training torchrun  # these; the others' figures stay
     python tools/faults.py --quick --out FILE # a few of each
 
@@ -291,8 +291,8 @@ PARTS: dict[str, Callable[[Path, bool], list[Figures]]] = {
     "torchrun": lambda folder, quick: train(
         folder,
         "training, torchrun with 2 processes",
-        iterations=200 if quick else 400,
-        kills=2 if quick else 8,
+        iterations=100 if quick else 200,
+        kills=2 if quick else 4,
         others=[],
         processes=2,
     ),
