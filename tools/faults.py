@@ -190,7 +190,7 @@ class Training:
         figures.times += 1
         left = traces.gone(run.mark)
         figures.left_processes += len(left)
-        figures.left_ports += len(traces.listening() & ports)
+        figures.left_ports += len(traces.still_open(ports))
         run.signal(signal.SIGKILL)
         self.table.count_files(fault, [self.temporary, SHARED_MEMORY])
         if self.last is not None:
@@ -237,8 +237,9 @@ def train(
         end.lost += len(set(saved) - training.announced)
         end.wrong = sum(training.is_wrong(n) for n in saved)
         end.end_identical = not training.is_wrong(iterations)
-        early = min(n for n in sizes if n > iterations // 10)
-        end.early_rss_mib, end.late_rss_mib = (sizes[n] / 2**20 for n in (early, max(sizes)))
+        if processes == 1:  # else it is torchrun's
+            early = min(n for n in sizes if n > iterations // 10)
+            end.early_rss_mib, end.late_rss_mib = (sizes[n] / 2**20 for n in (early, max(sizes)))
     return list(training.table.rows.values())
 
 

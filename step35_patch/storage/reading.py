@@ -55,23 +55,8 @@ class OpenFile:
             OSError: They can't be read.
         """
         data = bytearray(length)
-        with memoryview(data) as rest:
-            done, count = 0, 1
-            while done < length and count:
-                count = os.preadv(self._file.fileno(), [rest[done:]], offset + done)
-                done += count
-        # Afterwards: what has been read can't change any more.
-        size, written = self._state()
-        if (size, written) != (self.size, self._written):
-            found = f"found {size}" if size != self.size else "found others of the same number"
-            problem = (
-                f"{self.path.name}: expected the {self.size} bytes with which it was opened, "
-                f"{found}: it was changed while it was read. Start again when nothing writes to it"
-            )
-            raise CheckpointError(self.path.parent, [problem])
-        if done < length:
-            problem = f"{self.path.name}: expected {offset + length} bytes, found {size}"
-            raise CheckpointError(self.path.parent, [problem])
+        with memoryview(data) as view:
+            self._fill(view, offset)
         return data
 
     def tensor(self, offset: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -88,9 +73,10 @@ class OpenFile:
         Raises:
             CheckpointError, OSError: As `read`.
         """
-        if count == 0:
-            return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(self.read(offset, count * dtype.itemsize), dtype=dtype)
+        # Not a bytearray, which would be filled with zeros first.
+        values = torch.empty(count, dtype=dtype)
+        self._fill(values.view(torch.uint8).numpy().data, offset)
+        return values
 
     def crc32(self, offset: int, length: int) -> int:
         """CRC-32 of a range of bytes.
@@ -99,9 +85,31 @@ class OpenFile:
             CheckpointError, OSError: As `read`.
         """
         crc = 0
-        for start in range(offset, offset + length, _BLOCK):
-            crc = zlib.crc32(self.read(start, min(_BLOCK, offset + length - start)), crc)
+        with memoryview(bytearray(min(_BLOCK, length))) as block:
+            for start in range(0, length, _BLOCK):
+                part = block[: length - start]
+                self._fill(part, offset + start)
+                crc = zlib.crc32(part, crc)
         return crc
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        """Read as many bytes as go into a view; with the errors of `read`."""
+        done, count = 0, 1
+        while done < len(view) and count:
+            count = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            done += count
+        # Afterwards: what has been read can't change any more.
+        size, written = self._state()
+        if (size, written) != (self.size, self._written):
+            found = f"found {size}" if size != self.size else "found others of the same number"
+            problem = (
+                f"{self.path.name}: expected the {self.size} bytes with which it was opened, "
+                f"{found}: it was changed while it was read. Start again when nothing writes to it"
+            )
+            raise CheckpointError(self.path.parent, [problem])
+        if done < len(view):
+            problem = f"{self.path.name}: expected {offset + len(view)} bytes, found {size}"
+            raise CheckpointError(self.path.parent, [problem])
 
     def prefetch(self, offset: int, length: int) -> None:
         """Let the system read a range of bytes while this process does something else."""

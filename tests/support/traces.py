@@ -53,6 +53,17 @@ def gone(mark: str, besides: Collection[int] = ()) -> set[int]:
     return left
 
 
+def still_open(sockets: set[str]) -> set[str]:
+    """Those at which somebody listens when there has been time enough to end.
+
+    A process that is ending has no environment any more before it closes its files.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while (left := listening() & sockets) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
 def resident(pid: int) -> int:
     """Bytes of a process in memory."""
     text = Path(f"/proc/{pid}/status").read_text()
