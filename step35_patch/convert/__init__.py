@@ -1,8 +1,8 @@
 """The published checkpoint to Megatron's torch_dist format and back, in little memory.
 
-Both directions copy runs of rows (`tensors.megatron`) from memory-mapped files into new ones, a few
-files at a time (`job`). Nothing needs a GPU or a process group. The output is staged
-(`storage.staging`): it appears whole or not at all, and a run that was killed is resumed.
+Both directions copy runs of rows (`tensors.megatron`) from files into new ones, a few files at a
+time (`job`). Nothing needs a GPU or a process group. The output is staged (`storage.staging`): it
+appears whole or not at all, and a run that was killed is resumed.
 """
 
 from step35_patch.convert.conversion import ConversionError, Options

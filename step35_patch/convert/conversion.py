@@ -135,7 +135,7 @@ class Conversion[Item](ABC):
         tensors: how many the output has, counted in the published layout.
         markers: see `Staging`.
         files: of weights; `write` fills them.
-        block_bytes: the most that one worker has in memory at a time, without mapped pages.
+        block_bytes: the most that one worker has in memory at a time.
         notice: what the user should know of the source.
 
     Attributes:

@@ -71,8 +71,8 @@ class _Job[Item]:
     def say_plan(self) -> None:
         conversion, files = self.conversion, len(self.conversion.files)
         workers = min(conversion.options.workers, files)
-        # Besides, pages of mapped files stay up to some 2**28 bytes, and buffers on their way out.
-        memory = workers * conversion.block_bytes + 3 * 2**27
+        # Besides, buffers on their way out.
+        memory = workers * conversion.block_bytes + 2**27
         self.progress.say(
             f"{conversion.source} -> {conversion.target}: {conversion.tensors} tensors, "
             f"{readable_bytes(conversion.num_bytes)}, {files} files, {workers} at a time, "

@@ -32,7 +32,7 @@ def readable_seconds(seconds: float) -> str:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has had in memory at a time, mapped files included."""
+    """The most bytes that this process has had in memory at a time."""
     try:
         status = Path("/proc/self/status").read_text("ascii")
     except OSError:

@@ -99,7 +99,7 @@ class HfFolder:
         return part.view(shape[1:] if isinstance(rows, int) else (count, *shape[1:]))
 
     def block(self, name: str, start: int, count: int) -> Tensor:
-        """Elements of a tensor, row by row, over the mapped file where it holds them as they are.
+        """Elements of a tensor, row by row.
 
         Args:
             name: Its published name.

@@ -148,7 +148,7 @@ class MegatronCheckpoint:
         return self.folder.files()
 
     def block(self, run: Run, box: Box) -> Tensor:
-        """The published elements of a run, over the mapped file where possible.
+        """The published elements of a run.
 
         Args:
             run: Consecutive elements of a published tensor.

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from step35_patch.config.plain_file import open_plain, read_plain
-from step35_patch.storage.mapped import MappedFiles
+from step35_patch.storage.reading import OpenFiles
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -63,7 +63,7 @@ class Shards:
         self.tensors: dict[str, Stored] = {}
         self.problems: list[str] = []
         self._index: dict[str, str] | None = None
-        self._mapped = MappedFiles(path)
+        self._files = OpenFiles(path)
         self._opened: list[str] = []
         for name in self._names():
             self._open(name)
@@ -103,9 +103,9 @@ class Shards:
             self.problems.append(f"{name}: not readable as safetensors: {error}")
             return
         self._opened.append(name)
-        header = self._mapped.get(name).view(0, 8)
-        start = 8 + int.from_bytes(header, "little")
-        described = json.loads(bytes(self._mapped.get(name).view(8, start - 8)))
+        opened = self._files.get(name)
+        start = 8 + int.from_bytes(opened.read(0, 8), "little")
+        described = json.loads(opened.read(8, start - 8))
         for key in keys:
             entry = described[key]
             if key in self.tensors:
@@ -123,7 +123,7 @@ class Shards:
             )
 
     def read(self, stored: Stored, start: int, count: int) -> Tensor:
-        """Elements of a tensor, row by row, over the mapped file.
+        """Elements of a tensor, row by row.
 
         Args:
             stored: One of `tensors`, of a dtype in `DTYPES`.
@@ -131,11 +131,13 @@ class Shards:
             count: How many.
 
         Returns:
-            [count] in the file's dtype, not to be written to.
+            [count] in the file's dtype.
+
+        Raises:
+            CheckpointError: The file has changed since it was opened.
         """
         dtype = DTYPES[stored.dtype]
-        self._mapped.used(count * dtype.itemsize)
-        file = self._mapped.get(stored.file)
+        file = self._files.get(stored.file)
         return file.tensor(stored.start + start * dtype.itemsize, count, dtype)
 
     def files(self) -> list[Path]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from step35_patch.storage.errors import OutputBusyError
-from step35_patch.storage.mapped import MappedFile
+from step35_patch.storage.reading import OpenFile
 
 
 class SummedFile:
@@ -192,7 +192,7 @@ class Staging:
             if zlib.crc32(text) != int(crc):
                 raise ValueError("damaged")
             notes: dict[str, Any] = json.loads(text)
-            file = MappedFile(self.out / name)
+            file = OpenFile(self.out / name)
             if (file.size, file.crc32(0, file.size)) == (notes["size"], notes["crc32"]):
                 return notes
         except (OSError, ValueError, KeyError, TypeError):

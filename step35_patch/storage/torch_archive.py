@@ -11,7 +11,7 @@ import reprlib
 import zipfile
 import zlib
 from collections.abc import Buffer
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -25,8 +25,16 @@ _STORAGES = {
 }
 
 
+class Data(Protocol):
+    """Bytes that can be cut: a memoryview, or a part of a file."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Buffer: ...
+
+
 class Archive:
-    """What torch.save wrote: a zip archive of stored members, in memory.
+    """What torch.save wrote: a zip archive of stored members.
 
     Args:
         data: All of it.
@@ -38,7 +46,7 @@ class Archive:
         ValueError: It is not that.
     """
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: Data) -> None:
         self._data = data
         try:
             self._members = {m.filename: m for m in zipfile.ZipFile(_View(data)).infolist()}
@@ -116,9 +124,9 @@ def storage_name(stored: Any, dtype: torch.dtype, sizes: tuple[int, ...]) -> str
 
 
 class _View(io.RawIOBase):
-    """Bytes in memory as a file, without a copy."""
+    """Bytes that can be cut as a file."""
 
-    def __init__(self, view: memoryview) -> None:
+    def __init__(self, view: Data) -> None:
         self._view, self._at = view, 0
 
     def readable(self) -> bool:
@@ -139,7 +147,7 @@ class _View(io.RawIOBase):
 
     def readinto(self, buffer: Buffer) -> int:
         with memoryview(buffer) as target:
-            part = self._view[self._at : self._at + len(target)]
+            part = memoryview(self._view[self._at : self._at + len(target)])
             target[: len(part)] = part
         self._at += len(part)
         return len(part)

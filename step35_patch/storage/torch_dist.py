@@ -2,8 +2,8 @@
 
 Such a checkpoint is a folder with `.metadata`, a pickle, which says where each chunk of each tensor
 is, and .distcp files of records, each of them what torch.save writes: a zip archive. Both are read
-as inert data (`inert_pickle`, `torch_archive`). Records are memory-mapped, and an archive's own
-check sums, which torch.load ignores, are compared if it has them.
+as inert data (`inert_pickle`, `torch_archive`). Of records what is needed is read, and an archive's
+own check sums, which torch.load ignores, are compared if it has them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 from step35_patch.config.plain_file import open_plain, read_plain
 from step35_patch.storage.errors import CheckpointError
 from step35_patch.storage.inert_pickle import Inert, Named, load_inert
-from step35_patch.storage.mapped import MappedFiles
+from step35_patch.storage.reading import OpenFiles, Window
 from step35_patch.storage.staging import SummedFile
 from step35_patch.storage.torch_archive import Archive, storage_name
 
@@ -127,7 +127,7 @@ class TorchDistFolder:
         self.path = _iteration_folder(Path(path))
         self._bytes: dict[str, _Place] = {}
         self.tensors = self._read_metadata()
-        self._files = MappedFiles(self.path)
+        self._files = OpenFiles(self.path)
         self._payloads: dict[_Place, _Payload] = {}
         self._boxes: dict[tuple[str, tuple[int, ...], tuple[int, ...]], StoredChunk] = {}
         self._checked: set[_Place] = set()
@@ -183,8 +183,8 @@ class TorchDistFolder:
                 with open_plain(file) as opened:
                     state = Archive(memoryview(opened.read())).object()
             elif (place := self._bytes.get("common_state/shard_0_1")) is not None:
-                view = self._files.get(place.file).view(place.offset, place.length)
-                state = Archive(view).object()[0]
+                record = Window(self._files.get(place.file), place.offset, place.length)
+                state = Archive(record).object()[0]
             else:
                 return None
             if not isinstance(state, dict):
@@ -249,7 +249,7 @@ class TorchDistFolder:
                 "the file is truncated"
             )
         try:
-            archive = Archive(file.view(place.offset, place.length))
+            archive = Archive(Window(file, place.offset, place.length))
             name = storage_name(archive.object(), tensor.dtype, chunk.sizes)
             member, start = archive.find(f"data/{name}")
         except ValueError:
@@ -263,7 +263,7 @@ class TorchDistFolder:
         return _Payload(place.file, place.offset + start, size, crc)
 
     def read(self, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-        """A box of a tensor; a view of the mapped file where one chunk has it in one piece.
+        """A box of a tensor. Of a chunk, only the rows that it reaches are read.
 
         Args:
             key: Of a tensor that has been opened.
@@ -274,12 +274,14 @@ class TorchDistFolder:
             The elements, of shape `sizes` and the tensor's dtype; not to be written to.
 
         Raises:
-            CheckpointError: A record's bytes do not have the check sum written with them.
+            CheckpointError: A record's bytes do not have the check sum written with them, or its
+                file has changed since it was opened.
         """
         tensor = self.tensors[key]
         # Experts are most chunks of a checkpoint and are read by the chunk: no search for them.
         if (exact := self._boxes.get((key, offsets, sizes))) is not None:
-            return self._chunk(key, exact, tensor.dtype)
+            count = math.prod(sizes)
+            return self._elements(key, exact, 0, count, tensor.dtype).view(sizes)
         ends = _ends(offsets, sizes)
         result: Tensor | None = None
         for chunk in tensor.chunks:
@@ -287,7 +289,8 @@ class TorchDistFolder:
             high = tuple(map(min, ends, _ends(chunk.offsets, chunk.sizes)))
             if not all(map(lt, low, high)):
                 continue
-            part = self._chunk(key, chunk, tensor.dtype)[_slices(low, high, chunk.offsets)]
+            part = self._rows(tensor, chunk, low[0], high[0])
+            part = part[(slice(None), *_slices(low[1:], high[1:], chunk.offsets[1:]))]
             if part.shape == sizes and part.is_contiguous():
                 return part
             if result is None:
@@ -297,7 +300,17 @@ class TorchDistFolder:
             raise ValueError(f"{key}: nothing of it at {offsets}, {sizes}")
         return result
 
-    def _chunk(self, key: str, chunk: StoredChunk, dtype: torch.dtype) -> Tensor:
+    def _rows(self, tensor: StoredTensor, chunk: StoredChunk, first: int, last: int) -> Tensor:
+        """The whole rows of a chunk between two of the tensor's."""
+        shape, start = chunk.sizes[1:], first - chunk.offsets[0]
+        row = math.prod(shape)
+        part = self._elements(tensor.key, chunk, start * row, (last - first) * row, tensor.dtype)
+        return part.view(last - first, *shape)
+
+    def _elements(
+        self, key: str, chunk: StoredChunk, start: int, count: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Consecutive elements of a chunk, whose check sum is looked at the first time."""
         payload = self._payloads[chunk.place]
         file = self._files.get(payload.file)
         with self._lock:
@@ -312,8 +325,7 @@ class TorchDistFolder:
                 raise CheckpointError(self.path, [problem])
             with self._lock:
                 self._checked.add(chunk.place)
-        self._files.used(payload.length)
-        return file.tensor(payload.offset, math.prod(chunk.sizes), dtype).view(chunk.sizes)
+        return file.tensor(payload.offset + start * dtype.itemsize, count, dtype)
 
 
 def _make_up(tensor: StoredTensor) -> bool:

@@ -13,8 +13,7 @@ from support.reference import tiny_config, write_hf_folder
 def server(tmp_path_factory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("logs"))
     yield server
-    server.process.stdin.close()
-    server.process.wait()
+    server.close()
 
 
 @pytest.fixture(scope="session")

@@ -8,40 +8,29 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from support.conversion_runs import STOP, assert_refused, at_change
-from support.conversion_world import FEW, MANY, ONE, Direction, finished_files, tree
+from support import disks
+from support.conversion_faults import make_read_only, run_out_of_space
+from support.conversion_runs import assert_refused, at_change
+from support.conversion_world import FEW, MANY, ONE, Direction, tree
+from support.disks import remount
 
 from step35_patch.storage.staging import SummedFile
 from step35_patch.storage.torch_dist import save_record
 
 
 @contextlib.contextmanager
-def mounted(folder: Path, size: str, *options: str) -> Iterator[Path]:
+def mounted(folder: Path, size: str) -> Iterator[Path]:
     """A tmpfs; the test is skipped where none can be mounted."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", ",".join([f"size={size}", *options]), "tmpfs", folder]
-    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("a tmpfs can't be mounted: not root, or not allowed to")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
-
-
-def fill(folder: Path) -> Path:
-    """Leave no free byte on the disk of a folder."""
-    path = folder / "filler"
-    with open(path, "wb", buffering=0) as file, contextlib.suppress(OSError):
-        while file.write(b"x" * 4096):
-            pass
-    assert shutil.disk_usage(folder).free == 0
-    return path
+    with contextlib.ExitStack() as stack:
+        try:
+            yield stack.enter_context(disks.mounted(folder, size))
+        except disks.NoDiskError as error:
+            pytest.skip(str(error))
 
 
 def test_disk_that_is_too_small_is_refused_first(direction, tmp_path):
@@ -58,21 +47,13 @@ def test_disk_that_runs_full(direction, tmp_path, number):
     if number < 0:  # those are counted from the end
         number += _changes(direction, tmp_path)
     with mounted(tmp_path / "disk", "8m") as disk:
-        out = disk / "out"
-        run = direction.server.start(direction.argv(out), at_change(number, STOP))
-        run.wait_until_stopped()
-        filler = fill(disk)
-        run.signal(signal.SIGCONT)
-        ended = run.wait()
-        finished = len(finished_files(out))
-        assert_refused(ended, f"{out}: no space left on the disk")
-        assert ("the same command again" in ended.text) == (finished > 0), ended.text
-        assert tree(out) is None
-        filler.unlink()
-        ended = direction.convert(out)
-        assert ended.status == 0, ended.text
-        assert (f"going on: {finished} of" in ended.text) == (finished > 0)
-        direction.assert_whole(out)
+        run_out_of_space(direction, disk, number)
+
+
+@pytest.mark.parametrize("number", [8, 40, 150])
+def test_disk_that_turns_read_only(direction, tmp_path, number):
+    with mounted(tmp_path / "disk", "8m") as disk:
+        make_read_only(direction, disk, number)
 
 
 @pytest.mark.parametrize("bytes_left", [0, 100, 700])
@@ -161,7 +142,7 @@ def test_dry_run_writes_nothing_and_needs_no_space(direction, tmp_path):
 
 def test_read_only_disk_is_refused(direction, tmp_path):
     with mounted(tmp_path / "disk", "8m") as disk:
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        assert remount(disk, "ro")
         assert_refused(direction.convert(disk / "out"), "Read-only file system", str(disk))
         assert list(disk.iterdir()) == []
 

@@ -9,58 +9,22 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
+from support.conversion_faults import kill_at_random
 from support.conversion_flips import SEED, flip
-from support.conversion_runs import KILL, Run, assert_refused, at_change
-from support.conversion_world import MANY, ONE, Direction, finished_files, staged, tree
+from support.conversion_runs import KILL, assert_refused, at_change
+from support.conversion_world import ONE, Direction, finished_files, staged, tree
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True], ids=["fresh", "overwrite"])
 def test_sigkill_at_random_moments(direction, tmp_path, overwrite):
     """13 kills for each case, each upon what the one before it left, and a run to the end."""
-    chance, wanted = random.Random(SEED), direction.wanted[MANY]
-    options = ["--overwrite"] if overwrite else []
-    old = tree(direction.old) if overwrite else None
-    before = tree(direction.source), tree(direction.hf)
-    kills = resumed = rounds = 0
-    while kills < 13:
-        rounds += 1
-        out = tmp_path / f"out{rounds}"
-        if overwrite:
-            shutil.copytree(direction.old, out)
-        told = f"seed {SEED}, round {rounds}"
-        for _ in range(chance.choice([1, 1, 2, 3])):
-            run = direction.server.start(direction.argv(out, *options))
-            _wait_for_a_random_moment(run, out, len(wanted), chance)
-            run.signal(signal.SIGKILL)
-            ended = run.wait()
-            assert (tree(direction.source), tree(direction.hf)) == before, told
-            kills += ended.status == -signal.SIGKILL
-            if tree(out) == wanted:
-                break
-            assert ended.status == -signal.SIGKILL, f"{told}: {ended.text}"
-            between = tree(out) is None and tree(staged(out) / "old") == old
-            assert tree(out) == old or between, f"{told}: {ended.text}"
-        else:
-            finished = len(finished_files(out))
-            ended = direction.convert(out, *options)
-            assert ended.status == 0, f"{told}: {ended.text}"
-            resumed += finished > 0
-            assert (f"going on: {finished} of" in ended.text) == (finished > 0), ended.text
-            direction.assert_whole(out)
-    assert resumed >= 3
-
-
-def _wait_for_a_random_moment(run: Run, out: Path, files: int, chance: random.Random) -> None:
-    """Once so many more files are finished, and some milliseconds on."""
-    goal = chance.randint(len(finished_files(out)), files)
-    while len(finished_files(out)) < goal and not run.has_ended():
-        time.sleep(0.001)
-    time.sleep(chance.uniform(0, 0.01))
+    chance, told = random.Random(SEED), f"seed {SEED}"
+    killed = kill_at_random(direction, tmp_path, 13, chance, overwrite=overwrite, told=told)
+    assert killed.resumed >= 3
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from typing import Any
 _SERVER = """
 import contextlib, json, os, signal, sys, threading, traceback
 import torch
-import step35_patch.convert
 from step35_patch.cli import main
 
 torch.set_num_threads(1)
+exec(sys.argv[1])
 for line in sys.stdin:
     ask = json.loads(line)
     if "pid" in ask:
@@ -59,7 +60,7 @@ class Ended:
 
 
 class Run:
-    """A conversion under way."""
+    """A run under way."""
 
     def __init__(self, server: Server, pid: int, log: Path):
         self.server, self.pid, self.log = server, pid, log
@@ -82,15 +83,32 @@ class Run:
 
 
 class Server:
-    def __init__(self, folder: Path):
+    """Starts runs in processes that are forked from one that has done the imports.
+
+    Args:
+        folder: for what they say.
+        imports: code that is run once.
+        variables: of the environment, besides this process's.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        imports: str = "import step35_patch.convert",
+        variables: Mapping[str, str] | None = None,
+    ):
         self.folder, self.runs = folder, 0
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", _SERVER],
+            [sys.executable, "-W", "ignore", "-c", _SERVER, imports],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env={**os.environ, **(variables or {}), "OMP_NUM_THREADS": "1"},
         )
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
 
     def ask(self, question: dict[str, Any]) -> str:
         self.process.stdin.write(json.dumps(question) + "\n")

@@ -156,7 +156,7 @@ def run(
         command,
         capture_output=True,
         text=True,
-        env=_environment(*python_path) | _stand_in(more) | {"STEP35_CONFIG": str(config)},
+        env=environment(*python_path) | _stand_in(more) | {"STEP35_CONFIG": str(config)},
         timeout=timeout,
         check=False,
     )
@@ -170,7 +170,8 @@ def run(
 UNTESTED = "STEP35_ALLOW_UNTESTED"
 
 
-def _environment(*python_path: Path) -> dict[str, str]:
+def environment(*python_path: Path) -> dict[str, str]:
+    """Of a script's run on the CPU; `python_path` goes before all else."""
     return {
         **{n: v for n, v in os.environ.items() if not n.startswith("STEP35_") or n == UNTESTED},
         "OMP_NUM_THREADS": "1",
@@ -195,24 +196,15 @@ def _environment(*python_path: Path) -> dict[str, str]:
     }
 
 
-class ForkedRuns:
-    """Runs of the example script whose ranks are forked from a process that has done the imports.
-
-    step35_patch has no model there, and is activated anew in each rank before the script runs.
-    (`run` starts scripts as users do: Megatron-Core is patched as they import it.) Where
-    Transformer Engine is tested, Megatron-Core is imported in the ranks, because not all of them
-    are to have the stand-in.
-    """
-
-    def __init__(self, folder: Path):
-        imports = "import torch._dynamo, torch.distributed.checkpoint\n"
-        if not implementation.ON_TRANSFORMER_ENGINE:
-            imports += "from step35_patch import cpu\ncpu.install()\nimport megatron.training\n"
-        self.ranks = Ranks(folder, imports, _environment())
-
-    def run(self, config: Path, *more: str, processes: int = 1) -> str:
-        """As `run`, with ranks forked from one process for all runs."""
-        code = """
+# What processes do once from which runs of scripts are forked, and what each run does of
+# `arguments`: step35_patch has no model in the former, and is activated anew in each of the latter.
+IMPORTS = """
+import torch._dynamo, torch.distributed.checkpoint
+from step35_patch import cpu
+cpu.install()
+import megatron.training
+"""
+FORKED = """
 import runpy, sys
 if "megatron" in sys.modules:
     import step35_patch
@@ -225,9 +217,26 @@ sys.argv = arguments
 sys.path[0] = arguments[0].rpartition("/")[0]
 runpy.run_path(arguments[0], run_name="__main__")
 """
+
+
+class ForkedRuns:
+    """Runs of the example script whose ranks are forked from a process that has done the imports.
+
+    (`run` starts scripts as users do: Megatron-Core is patched as they import it.) Where
+    Transformer Engine is tested, Megatron-Core is imported in the ranks, because not all of them
+    are to have the stand-in.
+    """
+
+    def __init__(self, folder: Path):
+        first = "import torch._dynamo, torch.distributed.checkpoint"
+        imports = first if implementation.ON_TRANSFORMER_ENGINE else IMPORTS
+        self.ranks = Ranks(folder, imports, environment())
+
+    def run(self, config: Path, *more: str, processes: int = 1) -> str:
+        """As `run`, with ranks forked from one process for all runs."""
         arguments = SCRIPT, *more
         variables = {"STEP35_CONFIG": str(config), **_stand_in(more)}
-        ended = self.ranks.run(code, processes, *arguments, **variables)
+        ended = self.ranks.run(FORKED, processes, *arguments, **variables)
         if any(ended.statuses):
             raise RuntimeError(f"{arguments}: {ended.statuses}\n{ended.text[-6000:]}")
         return ended.text
