@@ -63,7 +63,7 @@ def quantization_of(folder: Path) -> Quantization | None:
     for file, field in _PLACES:
         try:
             document = json.loads((folder / file).read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         objects = [document, document.get("text_config")] if isinstance(document, dict) else []
         for found in objects:
