@@ -162,10 +162,10 @@ def metadata_by_the_field(data: bytes, chance: random.Random) -> bytes:
     junk = _pickle_junk()
     for _ in range(chance.randint(1, 2)):
         places, entries = metadata.storage_data, metadata.state_dict_metadata
-        if not places or not entries or not isinstance(places, dict):
-            break
-        index = chance.choice(list(places))
+        if not (places and isinstance(places, dict) and entries and isinstance(entries, dict)):
+            break  # the first change was of the whole
         tensors = [key for key, entry in entries.items() if hasattr(entry, "chunks")]
+        index = chance.choice(list(places))
         key = chance.choice(tensors)
         entry = entries[key]
         match chance.randrange(7):
@@ -190,7 +190,8 @@ def metadata_by_the_field(data: bytes, chance: random.Random) -> bytes:
 
 
 def _set(thing: Any, name: str, other: Any, chance: random.Random, junk: tuple[Any, ...]) -> None:
-    value = getattr(thing, name)
+    if (value := getattr(thing, name, None)) is None:
+        return  # it is junk already
     new = chance.choice([chance.choice(junk), getattr(other, name, None)])
     if type(value) is int and chance.randrange(2):
         new = value + chance.choice([1, -1, 64, 2**32, 2**70])
