@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ CONFIG_NAME = "config.json"
 # A config.json takes some kilobytes; more than this is another file, given by mistake.
 _LARGEST_FILE = 16 * 2**20
 _DEEPEST_NESTING = 64
+# One of two escapes that stand for one character in JSON; alone it is no text.
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _OBJECT = "a JSON object with the fields of a Step-3.5 config"
 
 
@@ -136,6 +139,8 @@ def json_problems(value: object, field: str = "", depth: int = 0) -> list[Config
         for key in value:
             if not isinstance(key, str):
                 return [ConfigProblem(field, "keys that are strings", found_text(key))]
+            if _HALF_CHARACTER.search(key):
+                return [ConfigProblem(field, "keys of whole characters", found_text(key))]
         prefix = f"{field}." if field else ""
         entries = [(prefix + field_text(key), value[key]) for key in value]
     else:

@@ -100,7 +100,7 @@ def _model_problems(config: Step35Config, launch: Launch) -> Iterator[Problem]:
         "intermediate_size": (config.intermediate_size, tp, "--tensor-model-parallel-size"),
         "the padded vocabulary": (launch.padded_vocab_size, tp, "--tensor-model-parallel-size"),
     }
-    if config.use_moe:
+    if config.moe_layers_enum:
         divided |= {
             "share_expert_dim": (
                 config.share_expert_dim or 0,
@@ -136,7 +136,7 @@ def _model_problems(config: Step35Config, launch: Launch) -> Iterator[Problem]:
             f"{launch.padded_vocab_size}",
             "leave it out",
         )
-    if config.use_moe and tp > 1 and not launch.sequence_parallel:
+    if config.moe_layers_enum and tp > 1 and not launch.sequence_parallel:
         yield Problem(
             "--sequence-parallel",
             f"it with --tensor-model-parallel-size {tp} and experts, without which Megatron-Core "

@@ -54,7 +54,7 @@ class Step35Runtime:
                 raise ValueError(
                     f"{name}: expected {' or '.join(map(repr, legal))}, found {found!r}"
                 )
-        if self.config.use_moe and self.config.moe_top_k == 1:
+        if self.config.moe_layers_enum and self.config.moe_top_k == 1:
             raise ValueError(
                 "moe_top_k: expected at least 2, found 1: Megatron-Core does not normalise the "
                 "weight of a single expert, as norm_expert_weight asks for"

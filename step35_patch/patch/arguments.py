@@ -282,15 +282,14 @@ def _parallel_size_problems(args: Any, config: Step35Config) -> list[Problem]:
                 "leave it out, --overlap-param-gather is right",
             )
         )
-    if ep > 1 and (not config.use_moe or config.moe_num_experts % ep):
-        problems.append(
-            Problem(
-                "--expert-model-parallel-size",
-                f"a divisor of moe_num_experts={config.moe_num_experts}",
-                f"{ep}",
-                "use another size",
-            )
-        )
+    if config.moe_layers_enum:
+        expected, fix = f"a divisor of moe_num_experts={config.moe_num_experts}", "use another size"
+        has_part = config.moe_num_experts % ep == 0
+    else:
+        expected, fix = "1 for a model without experts", "leave it out"
+        has_part = ep == 1
+    if not has_part:
+        problems.append(Problem("--expert-model-parallel-size", expected, f"{ep}", fix))
     return problems
 
 

@@ -110,7 +110,7 @@ def announce(runtime: Step35Runtime, config: TransformerConfig, vocab_size: int)
             f"mtp_num_layers={built} (published: {published}; the others are not trained)"
         )
     notes = []
-    if runtime.config.use_moe and config.moe_router_bias_update_rate == 0:
+    if runtime.config.moe_layers_enum and config.moe_router_bias_update_rate == 0:
         notes.append("router bias fixed")
     if padded := vocab_size - runtime.config.vocab_size:
         notes.append(f"{padded} padded columns {runtime.padded_logits}")

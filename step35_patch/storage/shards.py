@@ -85,13 +85,16 @@ class Shards:
             names = sorted(set(weight_map.values()))
             if not all(isinstance(name, str) for name in names):
                 raise TypeError("names of files that are no text")
+        # RecursionError is of an object that is nested too deeply.
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             problems.append(f"{INDEX}: expected an object with a weight_map, found: {error!r}")
             return []
         self._index = weight_map
         outside = [name for name in names if Path(name).name != name]
         problems += [f"{INDEX}: {name!r} leaves the folder" for name in outside]
-        return [name for name in names if name not in outside]
+        no_text = [name for name in names if not name.isprintable()]
+        problems += [f"{INDEX}: expected names of files, found {name!r}" for name in no_text]
+        return [name for name in names if name not in (*outside, *no_text)]
 
     def _open(self, name: str) -> None:
         try:
@@ -99,7 +102,8 @@ class Shards:
             # It checks that the header describes the file, to the last byte.
             with safe_open(self.path / name, framework="pt") as file:
                 keys = list(file.keys())
-        except (OSError, ValueError, SafetensorError) as error:
+        # The last two are of files that can't be mapped: safetensors maps them, and so does torch.
+        except (OSError, ValueError, SafetensorError, MemoryError, RuntimeError) as error:
             self.problems.append(f"{name}: not readable as safetensors: {error}")
             return
         self._opened.append(name)

@@ -56,6 +56,8 @@ FORMAT_CONTENT = {
 _NAMESPACE = Named("argparse", "Namespace")
 # Records that are opened at a time, and the bytes at each end of one that opening it looks at.
 _AT_ONCE, _END = 512, 4096
+# Of an iteration's number: more are too many for Python, and for a folder's name.
+_MOST_DIGITS = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +158,8 @@ class TorchDistFolder:
                     sizes = _numbers(key, chunk.sizes, dimensions)
                     chunks.append(StoredChunk(offsets, sizes, places[key, offsets]))
                 dtype = entry.properties.state[0]  # TensorProperties pickles itself as a tuple
+                if not isinstance(dtype, torch.dtype):
+                    raise TypeError(f"{key}: expected a dtype, found {reprlib.repr(dtype)}")
                 tensors[key] = StoredTensor(
                     key, _numbers(key, entry.size, dimensions), dtype, tuple(chunks)
                 )
@@ -367,7 +371,8 @@ def _place(key: str, info: Any) -> _Place:
     # Shown cut: written out, what a pickle describes can be larger than any memory.
     if transforms := getattr(info, "transform_descriptors", None):
         raise ValueError(f"{key}: transformed by {reprlib.repr(transforms)}, expected as it is")
-    if not isinstance(info.relative_path, str):
+    # Half characters and NUL are text, but no file can have such a name.
+    if not isinstance(info.relative_path, str) or not info.relative_path.isprintable():
         found = reprlib.repr(info.relative_path)
         raise ValueError(f"{key}: expected a file's name, found {found}")
     return _Place(info.relative_path, *_numbers(key, (info.offset, info.length), 2))
@@ -416,8 +421,9 @@ def _iteration_folder(path: Path) -> Path:
         text = read_plain(tracker, _LARGEST_TRACKER).decode("utf-8", "replace").strip()
     except (OSError, ValueError) as error:
         raise CheckpointError(path, [f"{TRACKER}: not readable: {error}"]) from error
-    if text != RELEASE and not text.isdecimal():
-        raise CheckpointError(path, [f"{TRACKER}: expected an iteration, found {text!r}"])
+    if text != RELEASE and not (text.isdecimal() and len(text) <= _MOST_DIGITS):
+        found = reprlib.repr(text)
+        raise CheckpointError(path, [f"{TRACKER}: expected an iteration, found {found}"])
     folder = path / (RELEASE if text == RELEASE else f"iter_{int(text):07d}")
     if not (folder / METADATA).exists():
         raise CheckpointError(

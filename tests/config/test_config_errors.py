@@ -202,6 +202,7 @@ WRONG = [
     # anywhere
     ("note", float("-inf"), "note", "a finite number", "-Infinity", ""),
     ("auto_map.AutoConfig", {1}, "auto_map.AutoConfig", "a JSON value", "set", ""),
+    ("auto_map.\udfff", 1, "auto_map", "keys of whole characters", '"\\udfff"', ""),
     # transformers' own form
     ("mlp_layer_types", ["dense"] * 45, "moe_layers_enum", "mlp_layer_types", "both", ""),
     ("mlp_layer_types", ["moe"] * 45, "mlp_layer_types", '"sparse"', '"moe"', ""),
@@ -382,6 +383,11 @@ def test_a_whole_head_is_rotated_without_a_list_so_it_must_be_even():
 @pytest.mark.parametrize("data", [None, [], "config", 3, {}, {1: 2}, {"text_config": {}}])
 def test_what_is_no_config_at_all_is_refused(data):
     assert problems_of(data)
+
+
+def test_a_key_that_is_half_a_character():
+    (problem,) = problems_of(tiny() | {"\ud800": 1})
+    assert str(problem) == 'expected keys of whole characters, found "\\ud800"'
 
 
 def test_a_dictionary_nested_beyond_pythons_recursion_limit_is_refused():

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 from support.converted import GATE_LAYOUTS, SMALL_FILES, assert_same, read, save_dcp, weights_of
-from support.layout_runs import stored_tensors
 from support.reference import tiny_config, write_hf_folder
+from support.stored import stored_tensors
 
 from step35_patch import Step35Config
 from step35_patch.convert import convert_to_hf, convert_to_megatron

@@ -121,6 +121,24 @@ def _path_that_is_no_text(metadata):
     return ".metadata"
 
 
+def _path_with_a_zero_byte(metadata):
+    _places(metadata, EXPERTS)[0].relative_path = "a\0b"
+    return ".metadata"
+
+
+def _path_with_half_a_character(metadata):
+    _places(metadata, EXPERTS)[0].relative_path = "\ud800"
+    return ".metadata"
+
+
+def _dtype_that_takes_forever_to_write_down(metadata):
+    endless = ("x",)
+    for _ in range(50):
+        endless = (endless, endless)
+    metadata.state_dict_metadata[EXPERTS].properties.dtype = endless
+    return f"{EXPERTS}: expected a dtype, found"
+
+
 def _sizes_that_are_no_numbers(metadata):
     metadata.state_dict_metadata[EXPERTS].chunks[0].sizes = ("1", "2", "3")
     return ".metadata"
@@ -155,6 +173,9 @@ def _key_lost_and_key_added(metadata):
         _offset_that_is_no_number,
         _negative_offset,
         _path_that_is_no_text,
+        _path_with_a_zero_byte,
+        _path_with_half_a_character,
+        _dtype_that_takes_forever_to_write_down,
         _sizes_that_are_no_numbers,
         _place_that_leaves_the_folder,
         _key_lost_and_key_added,
@@ -241,6 +262,16 @@ def _no_tracker(folder):
 def _tracker_of_nonsense(folder):
     (folder / TRACKER).write_text("../other")
     return [f"{TRACKER}: expected an iteration, found '../other'"]
+
+
+def _tracker_of_more_digits_than_python_converts(folder):
+    (folder / TRACKER).write_text("1" * 5000)
+    return [f"{TRACKER}: expected an iteration, found '111"]
+
+
+def _tracker_of_more_digits_than_a_name_has(folder):
+    (folder / TRACKER).write_text("1" * 300)
+    return [f"{TRACKER}: expected an iteration, found '111"]
 
 
 def _tracker_in_no_encoding(folder):
@@ -339,6 +370,8 @@ def _tracker_without_an_end(folder):
         _empty_metadata,
         _no_tracker,
         _tracker_of_nonsense,
+        _tracker_of_more_digits_than_python_converts,
+        _tracker_of_more_digits_than_a_name_has,
         _tracker_in_no_encoding,
         _common_state_that_is_a_list,
         _common_state_of_noise,

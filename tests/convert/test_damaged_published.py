@@ -102,7 +102,29 @@ def _index_with_a_list(folder):
 
 def _index_with_a_zero_byte(folder):
     reindex(folder, lambda index: index.update({HEAD: "a\0.safetensors"}))
-    return ["a\0.safetensors: not readable as safetensors"]
+    return [f"{INDEX}: expected names of files, found 'a\\x00.safetensors'"]
+
+
+def _index_with_half_a_character(folder):
+    reindex(folder, lambda index: index.update({HEAD: "\ud800.safetensors"}))
+    return [f"{INDEX}: expected names of files, found '\\ud800.safetensors'"]
+
+
+def _index_that_is_nested_too_deeply(folder):
+    (folder / INDEX).write_text('{"weight_map": ' + "[" * 100_000)
+    return [f"{INDEX}: expected an object with a weight_map"]
+
+
+def _folder_for_an_index(folder):
+    (folder / INDEX).unlink()
+    (folder / INDEX).mkdir()
+    return [f"{INDEX}: expected an object with a weight_map"]
+
+
+def _quantised_by_a_file_that_is_nested_too_deeply(folder):
+    rewrite(_shard_of(folder, HEAD), lambda tensors: tensors.update({HEAD: tensors[HEAD].int()}))
+    (folder / "quant_config.json").write_text("[" * 100_000)
+    return ["found quantised ones: 1 tensors of I32; by which method, no file says"]
 
 
 def _index_that_leaves(folder):
@@ -217,6 +239,10 @@ def _all_at_once(folder):
         _index_of_numbers,
         _index_with_a_list,
         _index_with_a_zero_byte,
+        _index_with_half_a_character,
+        _index_that_is_nested_too_deeply,
+        _folder_for_an_index,
+        _quantised_by_a_file_that_is_nested_too_deeply,
         _index_that_leaves,
         _index_that_names_the_folder_above,
         _index_nested_too_deeply,
@@ -239,6 +265,22 @@ def test_damaged_published_folder(world, tmp_path, harm):
     ended = world.directions["to-megatron"].convert(out, source=source)
     assert_refused(ended, str(source), *said)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("room", [2**35, 3 * 2**39])
+def test_a_shard_that_can_t_be_mapped(world, tmp_path, room):
+    """It takes no disk space, and its header is right. safetensors and torch map it, each once."""
+    source = shutil.copytree(world.hf, tmp_path / "source")
+    size = 2**40
+    entry = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
+    header = json.dumps({NORM: entry}).encode()
+    file = source / "b.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(file, 8 + len(header) + size)
+    hook = f"import resource\nresource.setrlimit(resource.RLIMIT_AS, ({room}, {room}))"
+    direction = world.directions["to-megatron"]
+    ended = direction.convert(tmp_path / "out", source=source, hook=hook)
+    assert_refused(ended, "b.safetensors: not readable as safetensors: ")
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ import torch
 from support.conversion_runs import KILL, assert_refused, at_change
 from support.conversion_world import MANY, finished_files, tree
 from support.converted import SMALL_FILES, weights_of
-from support.layout_runs import stored_tensors
 from support.quantized import write_fp8_folder
 from support.reference import tiny_config, write_hf_folder
+from support.stored import stored_tensors
 
 from step35_patch.convert import convert_to_megatron
 

@@ -10,8 +10,8 @@ import shutil
 import pytest
 import torch
 from support.converted import SMALL_FILES, assert_same, read, save_dcp, weights_of
-from support.layout_runs import stored_tensors
 from support.reference import tiny_config, write_hf_folder
+from support.stored import stored_tensors
 
 from step35_patch import Step35Config
 from step35_patch.cli import main

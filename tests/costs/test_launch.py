@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from support.reference import tiny_config
 
 from step35_patch import Step35Config
 from step35_patch.config import packaged_config_path
@@ -104,6 +105,17 @@ def test_stages_of_the_authors_layout(authors):
     assert found[17] == Stage(pp=1, vpp=2, decoder_layers=(34, 35))
     assert found[-1] == Stage(pp=7, vpp=2, mtp_layers=(45, 46, 47), output=True)
     assert [layer for stage in found for layer in stage.layers] == list(range(48))
+
+
+def test_a_model_without_experts_needs_nothing_that_experts_do():
+    """Also one whose use_moe is true, as it is where nothing is said."""
+    config = Step35Config.from_dict(tiny_config(moe_layers_enum=[], moe_num_experts=...))
+    launch = Launch(
+        num_layers=6, padded_vocab_size=96, mtp_num_layers=2, world_size=2, global_batch_size=8
+    )
+    assert estimate(config, replace(launch, tensor_model_parallel_size=2)).memory
+    with pytest.raises(LaunchError, match="-size: expected 1 for a model without experts"):
+        estimate(config, replace(launch, expert_model_parallel_size=2))
 
 
 # Changes of the authors' layout; the argument that is named, and a word of what is said of it.

@@ -127,6 +127,15 @@ def test_all_problems_come_in_one_error(parse):
         assert line in text
 
 
+@pytest.mark.parametrize("use_moe", [True, False])
+def test_a_model_without_experts_has_no_expert_parallelism(parse, use_moe):
+    """Of `use_moe` true it may have no number of experts, and of false a number."""
+    config = tiny_config(use_moe=use_moe, moe_layers_enum="", moe_num_experts=[4, ...][use_moe])
+    assert parse(config=config).num_experts is None
+    with pytest.raises(Step35ArgumentError, match="-size: expected 1 for a model without experts"):
+        parse("--expert-model-parallel-size", "2", config=config)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

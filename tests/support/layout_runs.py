@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from step35_patch.arguments import CPU_ARGUMENTS
 from support import implementation
 from support.figures import record
 from support.ranks import Ranks
 from support.reference import tiny_config
+from support.stored import stored_tensors
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_step35.py"
 # Runs an unmodified script of Megatron-LM's on the CPU.
@@ -278,15 +277,3 @@ def assert_same_training(
 def checkpoint_tensors(folder: Path, iteration: int) -> dict[str, torch.Tensor]:
     """All tensors of a torch_dist checkpoint, optimizer's state included."""
     return stored_tensors(folder / f"iter_{iteration:07d}")
-
-
-def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors in the folder of one iteration, as torch.distributed.checkpoint reads them."""
-    reader = dcp.FileSystemReader(folder)
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors

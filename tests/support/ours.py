@@ -14,13 +14,15 @@ from support.implementation import IMPLEMENTATION, ON_TRANSFORMER_ENGINE
 
 
 def initialize_megatron(world_size: int = 1, **sizes: int) -> None:
-    """torch.distributed (gloo) and Megatron-Core's groups, once in a process."""
+    """torch.distributed (gloo), once in a process, and Megatron-Core's groups where it has none."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    if torch.distributed.is_initialized():
+    if parallel_state.model_parallel_is_initialized():
         return
-    if world_size == 1:
+    if torch.distributed.is_initialized():
+        pass  # of a layout before
+    elif world_size == 1:
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     else:

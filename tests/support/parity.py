@@ -8,7 +8,14 @@ import torch
 
 from support.figures import record
 from support.ours import published_gradients, run
-from support.reference import FULL, SLIDING, Reference, random_tokens, tiny_config
+from support.reference import (
+    FULL,
+    PAD_TOKEN,
+    SLIDING,
+    Reference,
+    random_tokens,
+    tiny_config,
+)
 
 LOGITS, LOSS, GRADIENT = 2e-5, 1e-5, 1e-3
 
@@ -85,12 +92,19 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
-def compare(model, reference: Reference, seed: int, length: int, batch: int = 2) -> None:
+def compare(
+    model,
+    reference: Reference,
+    seed: int,
+    length: int,
+    batch: int = 2,
+    vocabulary: int = PAD_TOKEN,
+) -> None:
     """Assert that logits, loss and all gradients agree, the MTP layers' included.
 
     Columns of the logits that pad the vocabulary are not looked at.
     """
-    input_ids, labels = random_tokens(seed, batch, length)
+    input_ids, labels = random_tokens(seed, batch, length, vocabulary)
     logits, loss, mtp_losses = reference.losses(input_ids, labels)
     model.train()
     found = run(model, input_ids)[..., : logits.shape[-1]]

@@ -87,7 +87,8 @@ class Ranks:
 def worker_ranks(folder: Path) -> Ranks:
     """For the `main(*arguments)` of each `*_worker` of tests/support that is imported here."""
     search = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    workers = "convert_worker, distributed_worker, gradient_worker, training_worker"
+    workers = "convert_worker, distributed_worker, gradient_worker, random_layouts_worker, "
+    workers += "training_worker"
     imports = f"from support import {workers}\n"
     return Ranks(
         folder, imports, os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, search))}

@@ -106,10 +106,12 @@ def random_weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]
     return weights
 
 
-def random_tokens(seed: int, batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def random_tokens(
+    seed: int, batch: int, length: int, vocabulary: int = PAD_TOKEN
+) -> tuple[torch.Tensor, torch.Tensor]:
     """input_ids and labels, both [batch, length]; the labels are the next tokens."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    tokens = torch.randint(0, PAD_TOKEN, (batch, length + 1), generator=generator)
+    tokens = torch.randint(0, vocabulary, (batch, length + 1), generator=generator)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
@@ -121,7 +123,7 @@ def write_hf_folder(folder: Path, config: dict[str, Any], weights: dict[str, tor
     return folder
 
 
-def _reference_config(config: dict[str, Any], first: int, count: int) -> Step3p7TextConfig:
+def config_of_layers(config: dict[str, Any], first: int, count: int) -> Step3p7TextConfig:
     """transformers' config of `count` layers from `first` on, as if they were a whole model."""
     total = config["num_hidden_layers"] + config.get("num_nextn_predict_layers", 0)
     part = deepcopy(config)
@@ -152,6 +154,8 @@ def _reference_config(config: dict[str, Any], first: int, count: int) -> Step3p7
     # Read by the published code only; for the reference they are unknown keyword arguments.
     for name in ("model_type", "yarn_only_types", "use_head_wise_attn_gate", "torch_dtype"):
         part.pop(name, None)
+    for name in ("rms_norm_eps", "moe_router_scaling_factor"):  # it takes no integers for them
+        part[name] = float(part[name])
     reference = Step3p7TextConfig(**part)
     reference._attn_implementation = "eager"
     return reference
@@ -192,11 +196,11 @@ class Reference:
             for name, value in weights.items()
         }
         with torch.device("meta"):
-            self.model = Step3p7TextModel(_reference_config(config, 0, self.depth))
+            self.model = Step3p7TextModel(config_of_layers(config, 0, self.depth))
         self.model.rotary_emb = Step3p7RotaryEmbedding(self.model.config)
         self.mtp_layers, self.mtp_rotary = [], None
         if self.mtp:
-            mtp_config = _reference_config(config, self.depth, self.mtp)
+            mtp_config = config_of_layers(config, self.depth, self.mtp)
             with torch.device("meta"):
                 self.mtp_layers = [
                     MtpLayer(mtp_config, Step3p7DecoderLayer, Step3p7RMSNorm, k)
@@ -233,6 +237,18 @@ class Reference:
             inner[o_proj] = 2.0 * inner[o_proj]
         return inner
 
+    def _mtp_weights(self, index: int) -> dict[str, torch.Tensor]:
+        start = f"model.layers.{index}."
+        own = {
+            name: self.parameters[start + name]
+            for name in ("enorm.weight", "hnorm.weight", "eh_proj.weight")
+        }
+        own["post_norm.weight"] = self.parameters[start + "transformer.shared_head.norm.weight"]
+        return own | self._layer_weights(index, "mtp_block.")
+
+    def _mtp_head(self, index: int) -> torch.Tensor:
+        return self.parameters[f"model.layers.{index}.transformer.shared_head.output.weight"]
+
     def hidden_states(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[b, s] -> the final normed states [b, s, h]."""
         weights = {
@@ -264,22 +280,13 @@ class Reference:
                 allowed &= distance < self.config["sliding_window"]
             mask = torch.zeros(length, length).masked_fill(~allowed, float("-inf"))[None, None]
             input_ids = F.pad(input_ids[:, 1:], (0, 1))
-            start = f"model.layers.{index}."
-            weights = {
-                name: self.parameters[start + name]
-                for name in ("enorm.weight", "hnorm.weight", "eh_proj.weight")
-            }
-            weights["post_norm.weight"] = self.parameters[
-                start + "transformer.shared_head.norm.weight"
-            ]
-            weights |= self._layer_weights(index, "mtp_block.")
+            weights = self._mtp_weights(index)
             embeddings = F.embedding(input_ids, self.parameters["model.embed_tokens.weight"])
             rotary = self.mtp_rotary(embeddings, positions, kind)
             hidden = torch.func.functional_call(
                 layer, weights, (embeddings, hidden, rotary, mask, positions, None)
             )
-            head = self.parameters[start + "transformer.shared_head.output.weight"]
-            logits.append(hidden @ head.T)
+            logits.append(hidden @ self._mtp_head(index).T)
         return logits
 
     def losses(
