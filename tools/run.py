@@ -70,7 +70,7 @@ def main() -> int:
         "verify-gpu", help="measure what only a GPU can show (--dry-run: say what that would be)"
     )
     commands.add_parser("bench", help="run the benchmarks (further arguments go to them)")
-    commands.add_parser("lint", help="check style and types only: ruff and mypy")
+    commands.add_parser("lint", help="check style, types and security only: ruff, mypy, bandit")
     commands.add_parser("setup", help="nothing else")
     arguments, rest = parser.parse_known_args()
 
@@ -264,7 +264,13 @@ def canary(path: Path, arguments: list[str]) -> int:
 def lint() -> bool:
     """Whether style and types are as they should be; what is not is printed."""
     started, clean = time.monotonic(), True
-    for command in (("ruff", "check"), ("ruff", "format", "--check"), ("mypy",)):
+    commands = (
+        ("ruff", "check"),
+        ("ruff", "format", "--check"),
+        ("mypy",),
+        ("bandit", "--quiet", "--ini", "setup.cfg"),
+    )
+    for command in commands:
         print(f"== {' '.join(command)}", flush=True)
         tool = [str(VENV / "bin" / command[0]), *command[1:]]
         clean &= subprocess.run(tool, cwd=ROOT, env=environment()).returncode == 0
