@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("random")
 
 
-@fuzzed(0.008)
+@fuzzed(0.006)
 @given(data=st.data(), plain=plain_documents().map(halvable))
 def test_a_random_model_is_the_same_under_its_layouts(ranks, folder, data, plain):
     chosen = st.lists(
