@@ -113,8 +113,11 @@ class OpenFile:
             raise CheckpointError(self.path.parent, [problem])
 
     def prefetch(self, offset: int, length: int) -> None:
-        """Let the system read a range of bytes while this process does something else."""
-        if hasattr(os, "posix_fadvise"):
+        """Let the system read a range of bytes while this process does something else.
+
+        Nothing happens where the file ends before the range: reading it will say so.
+        """
+        if hasattr(os, "posix_fadvise") and offset < self.size:
             os.posix_fadvise(self._file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
 

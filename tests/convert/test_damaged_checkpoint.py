@@ -139,6 +139,11 @@ def _dtype_that_takes_forever_to_write_down(metadata):
     return f"{EXPERTS}: expected a dtype, found"
 
 
+def _offset_that_no_file_has(metadata):
+    _places(metadata, EXPERTS)[0].offset = 2**70
+    return "the file is truncated"
+
+
 def _sizes_that_are_no_numbers(metadata):
     metadata.state_dict_metadata[EXPERTS].chunks[0].sizes = ("1", "2", "3")
     return ".metadata"
@@ -172,6 +177,7 @@ def _key_lost_and_key_added(metadata):
         _record_that_ends_with_the_next,
         _offset_that_is_no_number,
         _negative_offset,
+        _offset_that_no_file_has,
         _path_that_is_no_text,
         _path_with_a_zero_byte,
         _path_with_half_a_character,
@@ -264,9 +270,9 @@ def _tracker_of_nonsense(folder):
     return [f"{TRACKER}: expected an iteration, found '../other'"]
 
 
-def _tracker_of_more_digits_than_python_converts(folder):
+def _tracker_that_is_too_large(folder):
     (folder / TRACKER).write_text("1" * 5000)
-    return [f"{TRACKER}: expected an iteration, found '111"]
+    return [f"{TRACKER}: not readable: expected at most 4096 bytes, found more"]
 
 
 def _tracker_of_more_digits_than_a_name_has(folder):
@@ -370,7 +376,7 @@ def _tracker_without_an_end(folder):
         _empty_metadata,
         _no_tracker,
         _tracker_of_nonsense,
-        _tracker_of_more_digits_than_python_converts,
+        _tracker_that_is_too_large,
         _tracker_of_more_digits_than_a_name_has,
         _tracker_in_no_encoding,
         _common_state_that_is_a_list,
