@@ -50,7 +50,7 @@ def unwrap(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], str, list[Config
         return {}, "", [ConfigProblem(_WRAPPER, "an object", found_text(inner))]
     if not any(inner.get(name) for name in _DTYPES):
         outer = {name: data[name] for name in _DTYPES if name in data}
-        inner = {name: value for name, value in inner.items() if name not in outer} | outer
+        inner = {name: value for name, value in inner.items() if name not in _DTYPES} | outer
     outer_type = data.get("model_type", _WRAPPER_MODEL_TYPES[0])
     if outer_type in _WRAPPER_MODEL_TYPES:
         return inner, f"{_WRAPPER}.", []
