@@ -257,6 +257,14 @@ def test_of_a_multimodal_config_only_the_language_model_counts(wrapper):
     assert config.to_dict() == tiny()
 
 
+def test_a_dtype_of_nothing_gives_way_to_the_outer_one():
+    """Each of the two names for it may stand on either level, and transformers writes null."""
+    inner = tiny(dtype=None)
+    inner.pop("torch_dtype", None)
+    data = {"model_type": "step3p7", "torch_dtype": "bfloat16", "text_config": inner}
+    assert Step35Config.from_dict(data).torch_dtype == "bfloat16"
+
+
 def test_problems_of_a_multimodal_config_name_the_nested_field():
     data = {"model_type": "step3p7", "text_config": tiny(hidden_size=0), "hidden_size": 24}
     assert [problem.field for problem in problems_of(data)] == ["text_config.hidden_size"]
