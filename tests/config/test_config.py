@@ -262,6 +262,7 @@ def test_problems_of_a_multimodal_config_name_the_nested_field():
     assert [problem.field for problem in problems_of(data)] == ["text_config.hidden_size"]
     (problem,) = problems_of({"model_type": "llava", "text_config": tiny()})
     assert (problem.field, problem.found) == ("model_type", '"llava"')
+    assert '"step3p7"' in problem.expected
     assert problems_of({"text_config": 3})[0].expected == "an object"
 
 

@@ -330,6 +330,12 @@ def test_one_wrong_field_of_the_saved_form(path, value, field, expected):
     assert problem.field == field and expected in problem.expected
 
 
+def test_a_problem_of_the_saved_form_says_where_it_stands_in_the_file():
+    data = edited(resaved(), f"rope_parameters.{FULL}.factor", 0)
+    (problem,) = problems_of(data)
+    assert problem.field == "rope_scaling.factor" and "rope_parameters" in str(problem)
+
+
 def test_the_saved_form_has_one_scaling():
     data = resaved()
     scaled = data["rope_parameters"][FULL]
@@ -390,6 +396,18 @@ def test_a_dictionary_nested_beyond_pythons_recursion_limit_is_refused():
         nested = {"a": nested}
     (problem,) = problems_of(tiny(note=nested))
     assert problem.field.startswith("note.a") and "levels of nesting" in problem.expected
+
+
+def test_lists_are_kept_as_deep_as_is_allowed_and_no_deeper():
+    lists = "kept"
+    for _ in range(63):
+        lists = [lists]
+    # The config itself is the 64th level.
+    assert Step35Config.from_dict(tiny(note=lists)).to_dict()["note"] == lists
+    for _ in range(5000):
+        lists = [lists]
+    (problem,) = problems_of(tiny(note=lists))
+    assert problem.field.startswith("note[0]") and "64 levels of nesting" in problem.expected
 
 
 JUNK = (None, True, -1, 0, 2.5, 10**30, float("nan"), "", "x,1", [], [[]], {}, {"a": 1}, object())
