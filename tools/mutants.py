@@ -75,7 +75,9 @@ tests/patch/test_training_arguments.py tests/commands/test_inspect.py
 SOON, LATER = 12.0, 60.0
 LIMIT = 300  # seconds that a fork may take
 BROKEN = 70  # the exit status of a fork in which this script failed
-HEAVY = {"model"}  # rooms whose tests import Megatron-Core
+# Rooms whose mutants get the tests that import Megatron-Core, and where these are.
+HEAVY = {"model"}
+HEAVY_TESTS = ("tests/model/", "tests/patch/", "tests/checkpoint/")
 
 
 @dataclass
@@ -189,13 +191,15 @@ def import_once(heavy: bool) -> None:
     stand_in = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stand_in)
     stand_in.install()
-    light = "hypothesis pydantic pytest rich safetensors.torch torch.distributed.checkpoint wrapt"
-    for name in light.split():
+    for name in (
+        *("hypothesis", "pydantic", "pytest", "rich", "safetensors.torch", "wrapt"),
+        *("torch.distributed.checkpoint", "transformers.models.step3p7.modeling_step3p7"),
+    ):
         importlib.import_module(name)
     if heavy:
         for name in (
-            *("transformers.models.step3p7.modeling_step3p7", "megatron.core.models.gpt"),
-            *("megatron.core.dist_checkpointing", "megatron.core.optimizer"),
+            *("megatron.core.models.gpt", "megatron.core.dist_checkpointing"),
+            "megatron.core.optimizer",
         ):
             importlib.import_module(name)
     assert not any(name.split(".")[0] == "step35_patch" for name in sys.modules)
@@ -290,6 +294,8 @@ def tests_of(mutant: Mutant, recorded: dict[str, Any]) -> list[str] | None:
     tests = {test for tests in here for test in tests}
     if not tests:
         tests = {test for tests in lines.values() for test in tests}
+    if room_of(mutant.file) not in HEAVY:
+        tests = {test for test in tests if not test.startswith(HEAVY_TESTS)}
     own = f"tests/{room_of(mutant.file)}/"
     return sorted(tests, key=lambda test: (not test.startswith(own), recorded["seconds"][test]))
 
@@ -297,15 +303,20 @@ def tests_of(mutant: Mutant, recorded: dict[str, Any]) -> list[str] | None:
 def run_mutant(folder: Path, mutant: Mutant, recorded: dict[str, Any]) -> str:
     """killed, survived or timeout."""
     parts: tuple[list[str], list[str]] = ([], [])
-    seconds = 0.0
+    seconds, own = 0.0, f"tests/{room_of(mutant.file)}/"
     for test in tests_of(mutant, recorded) or []:
         seconds += recorded["seconds"][test] + 0.02
         if seconds <= LATER:
-            parts[seconds > SOON].append(test)
+            parts[seconds > SOON or not test.startswith(own)].append(test)
+    return outcome_of(folder, mutant, [part for part in parts if part])
+
+
+def outcome_of(folder: Path, mutant: Mutant, parts: list[list[str]]) -> str:
+    """killed, survived or timeout, by tests that run in as many processes as there are parts."""
     copy = folder / "tree" / mutant.file
     copy.write_text(mutant.source)
     try:
-        for part in filter(None, parts):
+        for part in parts:
             status = forked(folder, functools.partial(pytest_run, folder, part, "-x"), LIMIT)
             if status is None:
                 return "timeout"
@@ -422,6 +433,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="start no mutant after these")
     parser.add_argument("--rooms", nargs="+", default=ROOMS, help="run those drawn of these alone")
     parser.add_argument("--again", action="store_true", help="the table's survivors once more")
+    parser.add_argument("--only", help="run the mutant of this name alone, and keep no result")
+    parser.add_argument("--tests", nargs="+", help="with --only: these tests, whatever they run")
     parser.add_argument("--show", help="print what the mutant of this name changes, and end")
     options = parser.parse_args()
     folder, started = options.work.resolve(), time.monotonic()
@@ -438,6 +451,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     copy_tree(folder)
     import_once(heavy=False)
+    if options.only:
+        mutant = next(mutant for mutant in everything if mutant.name == options.only)
+        print(*mutant.diff(), outcome_of(folder, mutant, [options.tests]), sep="\n")
+        print((folder / "log").read_text()[-3000:])
+        return
     if options.again or not (folder / "recorded.json").exists():
         status = forked(folder, lambda: record(folder), None)
         if status:
