@@ -2,20 +2,20 @@
 
     python tools/mutants.py WORK                      # draw, run, write the tables
     python tools/mutants.py WORK --draw config=150,tensors=120,storage=90,model=80 --seed 1
-    python tools/mutants.py WORK --again              # the table's survivors once more
+    python tools/mutants.py WORK --again              # the table's survivors, by their room's tests
+    python tools/mutants.py WORK --again NAME --tests TEST ...
     python tools/mutants.py WORK --show NAME          # what a mutant changes, as a diff
 
-The mutants are mutmut's; the tests are run by this script. mutmut's own run leaves out what stands
-in no function and functions with decorators, which here are the tables and the validators, and
-wraps functions, which changes the signatures that the package reads. Here one process imports
-PyTorch and Megatron-Core once, and forks for each mutant. The fork imports the package from a copy
-of the working tree in the folder WORK, in which one file is changed, and runs the quick tests that
-reach the changed statement, the quickest first, until one fails. Processes that a test starts find
-the changed file too.
+The mutants are mutmut's (tools/mutated.py); the tests are run by this script. mutmut's own run
+leaves out what stands in no function and functions with decorators, which here are the tables and
+the validators, and wraps functions, which changes the signatures that the package reads. Here one
+process imports PyTorch and Megatron-Core once, and forks for each mutant. The fork imports the
+package from a copy of the working tree in the folder WORK, in which one file is changed, and runs
+the quick tests that reach the changed statement, the quickest first, until one fails. Processes
+that a test starts find the changed file too.
 
-Left out: messages (a text with a space in it, or an argument that is one), because their words are
-not what is tested; annotations; and lines that none of TESTS runs in its own process. WORK keeps
-which test runs which line, and the results, so that a run that was ended goes on.
+Left out: the words of messages, annotations, and lines that none of TESTS runs in its own process.
+WORK keeps which test runs which line, and the results, so that a run that was ended goes on.
 
 Needs the extra `audit` of setup.cfg.
 """
@@ -23,37 +23,29 @@ Needs the extra `audit` of setup.cfg.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import csv
 import datetime
-import difflib
 import functools
 import gc
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import random
+import resource
 import shutil
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import libcst as cst
-from libcst.metadata import MetadataWrapper, PositionProvider
-from mutmut.mutation.file_mutation import MutationVisitor
-from mutmut.mutation.mutators import mutation_operators
-from mutmut.mutation.pragma_handling import IgnoredCode
+from mutated import ROOT, Mutant, mutants_of
 
-ROOT = Path(__file__).resolve().parent.parent
 SURVIVORS = ROOT / "benchmarks" / "results" / "mutants.csv"
 SUMMARY = ROOT / "benchmarks" / "results" / "mutants_drawn.csv"
 # The verdict is written by hand, and kept by name.
@@ -73,108 +65,12 @@ tests/patch/test_training_arguments.py tests/commands/test_inspect.py
 # Seconds of tests that a mutant gets at first, by their own time, and that one gets which survives
 # these, so that a mutant of what all tests run does not get them all.
 SOON, LATER = 12.0, 60.0
-LIMIT = 300  # seconds that a fork may take
+# Seconds that a fork may take, and bytes: some mutants allocate without end.
+LIMIT, MEMORY = 120, 8 * 2**30
 BROKEN = 70  # the exit status of a fork in which this script failed
 # Rooms whose mutants get the tests that import Megatron-Core, and where these are.
 HEAVY = {"model"}
 HEAVY_TESTS = ("tests/model/", "tests/patch/", "tests/checkpoint/")
-
-
-@dataclass
-class Mutant:
-    file: str
-    function: str
-    line: int
-    statement: range
-    node: cst.CSTNode
-    instead: cst.CSTNode
-    tree: cst.Module
-
-    @property
-    def source(self) -> str:
-        return self.tree.deep_replace(self.node, self.instead).code  # type: ignore[union-attr]
-
-    def diff(self) -> list[str]:
-        old, new = (text.splitlines() for text in (self.tree.code, self.source))
-        return list(difflib.unified_diff(old, new, self.file, self.file, lineterm="", n=0))
-
-    @property
-    def change(self) -> str:
-        """The lines before and after, with single spaces."""
-        gone, come = ([line[1:] for line in self.diff()[2:] if line[0] == sign] for sign in "-+")
-        return " => ".join(" ".join(" ".join(lines).split()) for lines in (gone, come))
-
-    @property
-    def name(self) -> str:
-        """The same as long as the line's text is, wherever it moves."""
-        digest = hashlib.sha256(f"{self.function} {self.change}".encode()).hexdigest()
-        return f"{Path(self.file).stem}-{digest[:8]}"
-
-
-class _Visitor(MutationVisitor):
-    """mutmut's, of functions with decorators too."""
-
-    def _skip_node_and_children(self, node: cst.CSTNode) -> bool:
-        return not isinstance(node, cst.FunctionDef) and super()._skip_node_and_children(node)
-
-
-def mutants_of(file: str) -> Iterator[Mutant]:
-    """All of one file, messages left out."""
-    code = (ROOT / file).read_text()
-    wrapper = MetadataWrapper(cst.parse_module(code))
-    visitor = _Visitor(mutation_operators, IgnoredCode(set(), set(), set()))
-    wrapper.visit(visitor)
-    positions = wrapper.resolve(PositionProvider)
-    places = list(_places(ast.parse(code)))
-    for mutation in visitor.mutations:
-        node = mutation.original_node
-        if node not in positions or _is_message(node, mutation.mutated_node):
-            continue
-        line = positions[node].start.line
-        inside = [place for place in places if place[0] <= line <= place[1]]
-        if not inside:  # the module's docstring and what else is no statement
-            continue
-        first, last, function = max(inside)
-        yield Mutant(
-            *(file, function, line, range(first, last + 1)),
-            *(node, mutation.mutated_node, wrapper.module),
-        )
-
-
-def _places(tree: ast.Module) -> Iterator[tuple[int, int, str]]:
-    """First and last line of each statement, without the statements in it, and its function."""
-
-    def visit(node: ast.AST, scope: str) -> Iterator[tuple[int, int, str]]:
-        for child in ast.iter_child_nodes(node):
-            inner = scope
-            if isinstance(child, ast.FunctionDef | ast.ClassDef):
-                inner = f"{scope}.{child.name}".strip(".")
-            if isinstance(child, ast.stmt):
-                body = getattr(child, "body", None)
-                last = body[0].lineno - 1 if body else child.end_lineno
-                yield child.lineno, max(child.lineno, last or 0), scope
-            yield from visit(child, inner)
-
-    return visit(tree, "")
-
-
-def _is_message(node: cst.CSTNode, instead: cst.CSTNode) -> bool:
-    """Whether only words for a reader change; of a name's spellings, one is enough."""
-    if isinstance(node, cst.SimpleString) and isinstance(instead, cst.SimpleString):
-        return " " in node.value or "XX" not in instead.value
-    if isinstance(node, cst.Call) and isinstance(instead, cst.Call):
-        kept = {id(argument) for argument in instead.args}
-        gone = [argument.value for argument in node.args if id(argument) not in kept]
-        return bool(gone) and all(_is_text(value) for value in gone)
-    if isinstance(node, cst.Assign | cst.AnnAssign):
-        return node.value is not None and _is_text(node.value)
-    return False
-
-
-def _is_text(value: cst.BaseExpression) -> bool:
-    if isinstance(value, cst.SimpleString):
-        return " " in value.value
-    return isinstance(value, cst.FormattedString | cst.ConcatenatedString)
 
 
 # The process that forks
@@ -214,6 +110,7 @@ def forked(folder: Path, work: Callable[[], int], limit: float | None) -> int | 
         status = BROKEN
         try:
             os.setpgid(0, 0)
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
             with open(folder / "log", "w") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
@@ -432,9 +329,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20261127)
     parser.add_argument("--minutes", type=float, default=1e9, help="start no mutant after these")
     parser.add_argument("--rooms", nargs="+", default=ROOMS, help="run those drawn of these alone")
-    parser.add_argument("--again", action="store_true", help="the table's survivors once more")
-    parser.add_argument("--only", help="run the mutant of this name alone, and keep no result")
-    parser.add_argument("--tests", nargs="+", help="with --only: these tests, whatever they run")
+    parser.add_argument("--again", nargs="*", help="only these, or the table's, by name")
+    parser.add_argument("--tests", nargs="+", help="with --again: not all tests of their room")
     parser.add_argument("--show", help="print what the mutant of this name changes, and end")
     options = parser.parse_args()
     folder, started = options.work.resolve(), time.monotonic()
@@ -451,12 +347,18 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     copy_tree(folder)
     import_once(heavy=False)
-    if options.only:
-        mutant = next(mutant for mutant in everything if mutant.name == options.only)
-        print(*mutant.diff(), outcome_of(folder, mutant, [options.tests]), sep="\n")
-        print((folder / "log").read_text()[-3000:])
+    if options.again is not None:
+        names = options.again or [row["name"] for row in read_table(SURVIVORS)]
+        for mutant in everything:
+            if mutant.name in names:
+                tests = options.tests or [f"tests/{room_of(mutant.file)}"]
+                print(outcome_of(folder, mutant, [tests]), mutant.name, mutant.change, flush=True)
+                failed = [
+                    line for line in (folder / "log").read_text().splitlines() if "FAILED" in line
+                ]
+                print("    ", *failed)
         return
-    if options.again or not (folder / "recorded.json").exists():
+    if not (folder / "recorded.json").exists():
         status = forked(folder, lambda: record(folder), None)
         if status:
             sys.exit((folder / "log").read_text()[-3000:])
@@ -475,16 +377,12 @@ def main() -> None:
     counts += Counter(f"{room_of(mutant.file)} run" for mutant in reached)
     results: dict[str, tuple[str, float]] = {}
     kept = folder / "results.jsonl"
-    if options.again:
-        names = {row["name"] for row in read_table(SURVIVORS)}
-        drawn = [mutant for mutant in everything if mutant.name in names]
-    else:
-        drawn = []
-        for room, number in (word.split("=") for word in options.draw.split(",")):
-            those = [mutant for mutant in reached if room_of(mutant.file) == room]
-            drawn += draw(those, int(number), random.Random(f"{options.seed} {room}"))
-        if kept.exists():
-            results = dict(json.loads(line) for line in kept.read_text().splitlines())
+    drawn = []
+    for room, number in (word.split("=") for word in options.draw.split(",")):
+        those = [mutant for mutant in reached if room_of(mutant.file) == room]
+        drawn += draw(those, int(number), random.Random(f"{options.seed} {room}"))
+    if kept.exists():
+        results = dict(json.loads(line) for line in kept.read_text().splitlines())
     # So that a run that is cut short has a sample of every file too.
     random.Random(options.seed).shuffle(drawn)
     drawn.sort(key=lambda mutant: room_of(mutant.file) in HEAVY)
@@ -503,11 +401,9 @@ def main() -> None:
         print(outcome, results[mutant.name][1], mutant.name, mutant.file, mutant.line, flush=True)
         if outcome == "survived":
             print("    ", mutant.change, flush=True)
-        if not options.again:
-            with open(kept, "a") as file:
-                file.write(json.dumps((mutant.name, results[mutant.name])) + "\n")
-    if not options.again:
-        write_tables(results, drawn, counts, options.seed)
+        with open(kept, "a") as file:
+            file.write(json.dumps((mutant.name, results[mutant.name])) + "\n")
+    write_tables(results, drawn, counts, options.seed)
 
 
 if __name__ == "__main__":

@@ -330,10 +330,18 @@ def test_one_wrong_field_of_the_saved_form(path, value, field, expected):
     assert problem.field == field and expected in problem.expected
 
 
-def test_a_problem_of_the_saved_form_says_where_it_stands_in_the_file():
-    data = edited(resaved(), f"rope_parameters.{FULL}.factor", 0)
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        (f"rope_parameters.{FULL}.factor", 0, "rope_scaling.factor"),
+        ("num_sliding_attention_heads", 5, "attention_other_setting.num_attention_heads"),
+    ],
+)
+def test_a_problem_of_the_saved_form_says_where_it_stands_in_the_file(path, value, field):
+    data = edited(resaved(), path, value)
+    del data["per_layer_config"]
     (problem,) = problems_of(data)
-    assert problem.field == "rope_scaling.factor" and "rope_parameters" in str(problem)
+    assert problem.field == field and f"it is {path.split('.')[0]} in this file" in problem.hint
 
 
 def test_the_saved_form_has_one_scaling():
