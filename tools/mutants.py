@@ -56,6 +56,7 @@ tests/config tests/tensors tests/storage tests/checkpoint/test_checkpoint.py
 tests/convert/test_fp8_folders.py tests/convert/test_resaved_folders.py
 tests/convert/test_described_bytes.py tests/convert/test_damaged_published.py
 tests/convert/test_checkpoint_contents.py tests/convert/test_damaged_checkpoint.py
+tests/convert/test_options.py
 tests/model/test_parity.py tests/model/test_rope.py tests/model/test_norm.py
 tests/model/test_windowed_attention.py tests/model/test_experts.py tests/model/test_provider.py
 tests/model/test_option_tables.py tests/model/test_padded_vocabulary.py

@@ -351,6 +351,7 @@ def test_the_saved_form_has_one_scaling():
     data["yarn_only_types"] = None
     (problem,) = problems_of(data)
     assert (problem.field, problem.expected[:11]) == ("rope_parameters", "one scaling")
+    assert FULL in problem.found
 
 
 def test_lists_for_mtp_layers_that_are_not_counted():
