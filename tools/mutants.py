@@ -4,7 +4,6 @@
     python tools/mutants.py WORK --draw config=150,tensors=120,storage=90,model=80 --seed 1
     python tools/mutants.py WORK --again              # the table's survivors, by their room's tests
     python tools/mutants.py WORK --again NAME --tests TEST ...
-    python tools/mutants.py WORK --show NAME          # what a mutant changes, as a diff
 
 The mutants are mutmut's (tools/mutated.py); the tests are run by this script. mutmut's own run
 leaves out what stands in no function and functions with decorators, which here are the tables and
@@ -77,7 +76,7 @@ HEAVY_TESTS = ("tests/model/", "tests/patch/", "tests/checkpoint/")
 # The process that forks
 
 
-def import_once(heavy: bool) -> None:
+def import_once() -> None:
     """Everything that a test imports and no mutant changes."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -93,13 +92,15 @@ def import_once(heavy: bool) -> None:
         *("torch.distributed.checkpoint", "transformers.models.step3p7.modeling_step3p7"),
     ):
         importlib.import_module(name)
-    if heavy:
-        for name in (
-            *("megatron.core.models.gpt", "megatron.core.dist_checkpointing"),
-            "megatron.core.optimizer",
-        ):
-            importlib.import_module(name)
     assert not any(name.split(".")[0] == "step35_patch" for name in sys.modules)
+    gc.collect()
+    gc.freeze()
+
+
+def import_megatron() -> None:
+    """For the rooms of HEAVY: what the package does to it then takes each fork seconds."""
+    for name in ("models.gpt", "dist_checkpointing", "optimizer"):
+        importlib.import_module(f"megatron.core.{name}")
     gc.collect()
     gc.freeze()
 
@@ -323,6 +324,23 @@ def draw(mutants: list[Mutant], number: int, chance: random.Random) -> list[Muta
     return drawn
 
 
+def run_again(folder: Path, names: list[str], tests: list[str] | None) -> None:
+    """The table's survivors of these names, or all of it, by some tests or by their room's."""
+    rows = [row for row in read_table(SURVIVORS) if not names or row["name"] in names]
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_tree(folder)
+    import_once()
+    for file in sorted({row["file"] for row in rows}):
+        lines = {int(row["line"]) for row in rows if row["file"] == file}
+        for mutant in mutants_of(file):
+            # A name is made of the whole changed file, and takes a while.
+            if mutant.line in lines and mutant.name in {row["name"] for row in rows}:
+                own = [f"tests/{room_of(file)}"]
+                print(outcome_of(folder, mutant, [tests or own]), mutant.name, mutant.change)
+                log = (folder / "log").read_text().splitlines()
+                print(*(f"    {line}" for line in log if "FAILED" in line), sep="\n", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path, help="folder for the copy and what is known so far")
@@ -332,33 +350,20 @@ def main() -> None:
     parser.add_argument("--rooms", nargs="+", default=ROOMS, help="run those drawn of these alone")
     parser.add_argument("--again", nargs="*", help="only these, or the table's, by name")
     parser.add_argument("--tests", nargs="+", help="with --again: not all tests of their room")
-    parser.add_argument("--show", help="print what the mutant of this name changes, and end")
     options = parser.parse_args()
     folder, started = options.work.resolve(), time.monotonic()
+    if options.again is not None:
+        run_again(folder, options.again, options.tests)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    copy_tree(folder)
+    import_once()
     everything = [
         mutant
         for room in ROOMS
         for path in sorted((ROOT / "step35_patch" / room).glob("*.py"))
         for mutant in mutants_of(str(path.relative_to(ROOT)))
     ]
-    if options.show:
-        mutant = next(mutant for mutant in everything if mutant.name == options.show)
-        print(*mutant.diff(), sep="\n")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    copy_tree(folder)
-    import_once(heavy=False)
-    if options.again is not None:
-        names = options.again or [row["name"] for row in read_table(SURVIVORS)]
-        for mutant in everything:
-            if mutant.name in names:
-                tests = options.tests or [f"tests/{room_of(mutant.file)}"]
-                print(outcome_of(folder, mutant, [tests]), mutant.name, mutant.change, flush=True)
-                failed = [
-                    line for line in (folder / "log").read_text().splitlines() if "FAILED" in line
-                ]
-                print("    ", *failed)
-        return
     if not (folder / "recorded.json").exists():
         status = forked(folder, lambda: record(folder), None)
         if status:
@@ -389,13 +394,13 @@ def main() -> None:
     drawn.sort(key=lambda mutant: room_of(mutant.file) in HEAVY)
     heavy = False
     for mutant in drawn:
-        if mutant.name in results or room_of(mutant.file) not in options.rooms:
+        if room_of(mutant.file) not in options.rooms or mutant.name in results:
             continue
         if time.monotonic() - started > options.minutes * 60:
             break
         if room_of(mutant.file) in HEAVY and not heavy:
             heavy = True
-            import_once(heavy)
+            import_megatron()
         since = time.monotonic()
         outcome = run_mutant(folder, mutant, recorded)
         results[mutant.name] = (outcome, round(time.monotonic() - since, 1))

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import libcst as cst
@@ -32,7 +33,7 @@ class Mutant:
     instead: cst.CSTNode
     tree: cst.Module
 
-    @property
+    @cached_property
     def source(self) -> str:
         return self.tree.deep_replace(self.node, self.instead).code  # type: ignore[union-attr]
 
@@ -40,7 +41,7 @@ class Mutant:
         old, new = (text.splitlines() for text in (self.tree.code, self.source))
         return list(difflib.unified_diff(old, new, self.file, self.file, lineterm="", n=0))
 
-    @property
+    @cached_property
     def change(self) -> str:
         """The lines before and after, with single spaces."""
         gone, come = ([line[1:] for line in self.diff()[2:] if line[0] == sign] for sign in "-+")
