@@ -331,6 +331,20 @@ def test_one_wrong_field_of_the_saved_form(path, value, field, expected):
     assert problem.field == field and expected in problem.expected
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        (f"rope_parameters.{FULL}.factor", 0, "rope_scaling.factor"),
+        ("num_sliding_attention_heads", 5, "attention_other_setting.num_attention_heads"),
+    ],
+)
+def test_a_problem_of_the_saved_form_says_where_it_stands_in_the_file(path, value, field):
+    data = edited(resaved(), path, value)
+    del data["per_layer_config"]
+    (problem,) = problems_of(data)
+    assert problem.field == field and f"it is {path.split('.')[0]} in this file" in problem.hint
+
+
 def test_the_saved_form_has_one_scaling():
     data = resaved()
     scaled = data["rope_parameters"][FULL]
@@ -338,6 +352,7 @@ def test_the_saved_form_has_one_scaling():
     data["yarn_only_types"] = None
     (problem,) = problems_of(data)
     assert (problem.field, problem.expected[:11]) == ("rope_parameters", "one scaling")
+    assert FULL in problem.found
 
 
 def test_lists_for_mtp_layers_that_are_not_counted():
@@ -396,6 +411,18 @@ def test_a_dictionary_nested_beyond_pythons_recursion_limit_is_refused():
         nested = {"a": nested}
     (problem,) = problems_of(tiny(note=nested))
     assert problem.field.startswith("note.a") and "levels of nesting" in problem.expected
+
+
+def test_lists_are_kept_as_deep_as_is_allowed_and_no_deeper():
+    lists = "kept"
+    for _ in range(63):
+        lists = [lists]
+    # The config itself is the 64th level.
+    assert Step35Config.from_dict(tiny(note=lists)).to_dict()["note"] == lists
+    for _ in range(5000):
+        lists = [lists]
+    (problem,) = problems_of(tiny(note=lists))
+    assert problem.field.startswith("note[0]") and "64 levels of nesting" in problem.expected
 
 
 JUNK = (None, True, -1, 0, 2.5, 10**30, float("nan"), "", "x,1", [], [[]], {}, {"a": 1}, object())

@@ -13,7 +13,8 @@ from support.reference import tiny_config
 import step35_patch
 from step35_patch import Step35Config
 from step35_patch.config import packaged_config_path
-from step35_patch.tensors.megatron import extra_states
+from step35_patch.tensors import megatron
+from step35_patch.tensors.megatron import MegatronTensor, extra_states, megatron_tensors
 from step35_patch.tensors.table import Cut, tensor_table
 
 # What only the names of tensors have in them: published ones, and the keys of Megatron checkpoints.
@@ -70,6 +71,7 @@ def test_what_the_ranks_hold_adds_up(gate_layout, tensor, expert, expert_tensor)
     config = Step35Config.from_pretrained(packaged_config_path())
     for row in tensor_table(config, gate_layout):
         own = row.elements_on_rank(tensor=tensor, expert=expert, expert_tensor=expert_tensor)
+        assert isinstance(own, int), "a number of elements is printed as one"
         ranks = expert * expert_tensor if row.is_expert else tensor
         assert own * ranks == row.num_elements * (ranks if row.cut is Cut.WHOLE else 1), row.key
 
@@ -90,6 +92,35 @@ def test_a_row_is_as_large_as_what_it_is_made_of():
     for row in tensor_table(config, "headwise"):
         size = sum(math.prod(tensor.shape) for tensor in row.published)
         assert row.num_elements == size, row.key
+
+
+def _published_rows(tensor: MegatronTensor) -> dict[tuple[int, ...], tuple[str, int]]:
+    """For each row of a tensor, by its place, the published tensor and the element it begins at."""
+    found = {}
+    for chunk in tensor.chunks:
+        rows_at = max(0, len(chunk.sizes) - 2)
+        place, first = list(chunk.offsets), chunk.offsets[rows_at]
+        for run in chunk.runs:
+            for row in range(run.rows):
+                place[rows_at] = first + row
+                assert tuple(place) not in found, tensor.key
+                found[tuple(place)] = run.name, run.start + row // run.repeat * run.row
+            first += run.rows
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_runs_of_bounded_size_are_the_same_rows(monkeypatch, rows):
+    """What is too large for one run, as the vocabulary of the published model, is cut into more."""
+    config = Step35Config.from_dict(tiny_config())
+    whole = megatron_tensors(config, "headwise")
+    monkeypatch.setattr(megatron, "_MAX_RUN", rows * config.hidden_size)
+    cut = megatron_tensors(config, "headwise")
+    assert sum(len(tensor.chunks) for tensor in cut) > 3 * sum(len(t.chunks) for t in whole)
+    for one, many in zip(whole, cut, strict=True):
+        assert _published_rows(one) == _published_rows(many), one.key
+        size = sum(math.prod(chunk.sizes) for chunk in many.chunks)
+        assert size == math.prod(many.shape), one.key
 
 
 def test_extra_states_keep_their_order():
