@@ -77,7 +77,7 @@ CHECKS = (
     Check(
         "speed",
         "a layer's time beside stock Megatron-Core's",
-        ("benchmarks/gpu_layers.py",),
+        ("tools/gpu_layers.py",),
         engine=True,
     ),
     *(

@@ -105,10 +105,10 @@ def test_a_window_that_is_off_by_one_is_farther_away():
 
 @pytest.mark.slow
 def test_layers_are_timed():
-    ended = run("benchmarks/gpu_layers.py", "--tiny", "--rounds", "3")
+    ended = run("tools/gpu_layers.py", "--tiny", "--rounds", "3")
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert [row["kind"] for row in rows(ended.stdout)] == [
         *("full dense", "sliding dense", "sliding moe", "full moe clamped"),
     ]
-    refused = run("benchmarks/gpu_layers.py")
+    refused = run("tools/gpu_layers.py")
     assert refused.returncode and "expected a GPU" in refused.stderr

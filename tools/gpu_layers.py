@@ -8,8 +8,8 @@ bf16, forward and backward; CUDA events around each run, a round runs all three 
 A line of JSON for each kind: milliseconds at the 20th, 50th and 80th percentile, and the ratios
 within a round. `./run verify-gpu` keeps them in benchmarks/results/gpu.csv.
 
-    python benchmarks/gpu_layers.py            # needs a GPU and Transformer Engine
-    python benchmarks/gpu_layers.py --tiny     # small sizes on whatever is there: does it run?
+    python tools/gpu_layers.py            # needs a GPU and Transformer Engine
+    python tools/gpu_layers.py --tiny     # small sizes on whatever is there: does it run?
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ import json
 import statistics
 import sys
 import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import layers
-import torch
 
 KINDS = (
     layers.Shape(layers.FULL, "dense"),
