@@ -191,7 +191,8 @@ def _table(table: Part) -> list[str]:
     columns: dict[str, str] = table["columns"]
     text = [f"{table['says']} (`{table['command']}`; {link}):", ""]
     text += [f"| {' | '.join(columns.values())} |", f"|{' --- |' * len(columns)}"]
-    return text + [f"| {' | '.join(row[name] for name in columns)} |" for row in found]
+    cells = ([row[name].replace("|", "\\|") for name in columns] for row in found)
+    return text + [f"| {' | '.join(row)} |" for row in cells]
 
 
 def main() -> None:
