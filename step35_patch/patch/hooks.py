@@ -350,7 +350,7 @@ def compute_activation_memory_without_sp(
 
 def sft_sample(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """SFTDataset.__getitem__: a pack of documents, none of which predicts the next one's start."""
-    if process.active() is None:
+    if not packed_data.is_step35(instance.config):
         return wrapped(*args, **kwargs)
     tokenizer = instance.config.tokenizer
     packed_data.check_padding(tokenizer.pad, tokenizer.eod)
@@ -372,7 +372,7 @@ def sft_tokenizer_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwar
 def gpt_sample(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> Any:
     """GPTDataset.__getitem__: documents that context parallelism can deal out one by one."""
     sample = wrapped(*args, **kwargs)
-    if process.active() is None or "cu_seqlens" not in sample:
+    if not packed_data.is_step35(instance.config) or "cu_seqlens" not in sample:
         return sample
     ranks = instance.config.context_parallel_size
     if ranks is None or ranks == 1:
@@ -384,8 +384,10 @@ def gpt_sample(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> A
 def dataset_builder_init(wrapped: Wrapped, instance: Any, args: Args, kwargs: Kwargs) -> None:
     """BlendedMegatronDatasetBuilder.__init__: a stage between reads where documents begin, too."""
     call = _bind(wrapped, args, kwargs)
-    if process.active() is not None and getattr(call["config"], "inter_document_masking", False):
-        call["is_built_on_rank"] = packed_data.is_built_on_rank
+    if process.active() is not None:
+        packed_data.mark(call["config"])
+        if getattr(call["config"], "inter_document_masking", False):
+            call["is_built_on_rank"] = packed_data.is_built_on_rank
     wrapped(**call)
 
 

@@ -20,10 +20,25 @@ from megatron.core import parallel_state
 from megatron.core import utils as megatron_utils
 from torch import Tensor
 
+from step35_patch import settings as process
 from step35_patch.patch.notices import say, warn
 
 # What of a batch has a place for each token.
 _BY_TOKEN = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def mark(config: Any) -> None:
+    """Say in a data set's config that a Step-3.5 model is trained on it.
+
+    A worker process that is spawned gets the data set and its config, but not this process's
+    activation.
+    """
+    config.is_step35 = True
+
+
+def is_step35(config: Any) -> bool:
+    """Whether a Step-3.5 model is trained on the data set with this config."""
+    return process.active() is not None or getattr(config, "is_step35", False)
 
 
 def partitioned_indices(

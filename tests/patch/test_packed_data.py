@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,9 @@ import step35_patch
 pytestmark = pytest.mark.megatron
 
 from megatron.core import utils as megatron_utils  # noqa: E402
+from megatron.core.datasets.blended_megatron_dataset_builder import (  # noqa: E402
+    BlendedMegatronDatasetBuilder,
+)
 from megatron.core.tokenizers.text.libraries import sft_tokenizer  # noqa: E402
 from megatron.training.datasets.sft_dataset import SFTDataset  # noqa: E402
 
@@ -29,7 +33,7 @@ def active(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(tiny_config()))
     step35_patch.activate(path)
-    yield
+    yield path
     step35_patch.activate()  # inert again
 
 
@@ -189,6 +193,23 @@ def test_what_is_predicted_of_conversations(prompt_format, ranks, active):
                     assert sample["labels"][ahead] == target
             start += -(-len(tokens) // multiple) * multiple
         assert torch.equal(sample["loss_mask"], counted), number
+
+
+def test_a_worker_that_is_not_activated_goes_by_the_config(active):
+    """Spawned, it gets the data set alone; Megatron's builder is where its config passes by."""
+    samples = Conversations("default", 1)
+    samples.dataset.config.mock = True
+    wanted = samples[0]["loss_mask"]
+    step35_patch.activate()  # inert, as such a worker is
+    assert not torch.equal(samples[0]["loss_mask"], wanted)
+    step35_patch.activate(active)
+    BlendedMegatronDatasetBuilder(SFTDataset, [1, 1, 1], lambda: True, samples.dataset.config)
+    step35_patch.activate()
+    sent = pickle.loads(pickle.dumps(vars(samples.dataset.config) | {"tokenizer": None}))
+    samples.dataset.config = SimpleNamespace(
+        **sent | {"tokenizer": samples.dataset.config.tokenizer}
+    )
+    assert torch.equal(samples[0]["loss_mask"], wanted)
 
 
 def test_conversations_of_other_models_are_as_before(monkeypatch):
