@@ -48,7 +48,6 @@ from mutated import ROOT, Mutant, mutants_of
 SURVIVORS = ROOT / "benchmarks" / "results" / "mutants.csv"
 SUMMARY = ROOT / "benchmarks" / "results" / "mutants_drawn.csv"
 # The verdict is written by hand, and kept by name.
-COLUMNS = ("name", "room", "file", "function", "line", "change", "verdict")
 
 TESTS = """
 tests/config tests/tensors tests/storage tests/checkpoint/test_checkpoint.py
