@@ -154,6 +154,14 @@ def rows_of(check: Check, output: str) -> list[dict[str, Any]]:
     return rows
 
 
+def write(rows: list[dict[str, Any]], table: Path = TABLE) -> None:
+    """The table anew, with what was measured on this machine."""
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(versions() | row for row in rows)
+
+
 def versions() -> dict[str, Any]:
     """The table's columns that say on what."""
     engine = importlib.util.find_spec(ENGINE) is not None
@@ -208,10 +216,8 @@ def main() -> int:
         print(ended.stdout, flush=True)
         rows += rows_of(check, ended.stdout)
         failed += [check.name] if ended.returncode else []
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(versions() | row for row in rows)
+    write(rows)
+    subprocess.run([sys.executable, "tools/card.py"], cwd=ROOT, check=True)
     print(f"verify-gpu: {TABLE}; off or failed: {', '.join(failed) or 'none'}")
     return int(bool(failed))
 

@@ -83,6 +83,21 @@ def test_figures_become_rows():
     ]
 
 
+def test_figures_fill_the_cards_column(tmp_path, monkeypatch):
+    verify_gpu, card = tool("verify_gpu"), tool("card")
+    table = tmp_path / "gpu.csv"
+    monkeypatch.setattr(card, "GPU", table)
+    assert "not run" in card.render()
+    assert "agree (GPU of a kind)" not in card.render()
+    monkeypatch.setattr(verify_gpu, "versions", lambda: {"device": "GPU of a kind"})
+    output = "".join(
+        f'{{"kind": "{kind}", "ratio": 1.5, "agrees": {agrees}}}\n'
+        for kind, agrees in (("full, dense", "true"), ("sliding, dense", "false"))
+    )
+    verify_gpu.write(verify_gpu.rows_of(verify_gpu.CHECKS[0], output), table)
+    assert "1 of 2 agree (GPU of a kind)" in card.render()
+
+
 @pytest.mark.slow
 def test_each_kind_of_layer_is_as_near_to_fp32_as_bf16_allows():
     ended = run("tools/full_width.py", "--tiny", "--tokens", "480")
