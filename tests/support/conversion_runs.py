@@ -120,6 +120,7 @@ class Server:
     def start(self, argv: list, hook: str = "") -> Run:
         self.runs += 1
         log = self.folder / f"{self.runs}.log"
+        log.touch()  # one that is killed at once writes none
         words = [str(word) for word in argv]
         return Run(self, int(self.ask({"argv": words, "hook": hook, "log": str(log)})), log)
 

@@ -28,6 +28,7 @@ SPOKEN_OF_ELSEWHERE = {
     "tensors/table.py": "the table",
     "tensors/spelling.py": "transformers' own names for stored tensors, beside the published ones",
     "verify/reference.py": "transformers' own names for the reference's modules",
+    "model/experimental_hybrid.py": "a HybridModel's keys beside a GPTModel's",
 }
 
 
