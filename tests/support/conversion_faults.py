@@ -39,9 +39,13 @@ def kill_at_random(
     *,
     overwrite: bool = False,
     numbers: tuple[int, ...] = (signal.SIGKILL,),
+    resumed: int = 0,
     told: str = "",
 ) -> Killed:
     """So many kills, up to three upon what the one before left, and a run to the end behind them.
+
+    More of them, until so many runs to the end went on from files that were finished: on a machine
+    that does other things a run can be done before the kill reaches it.
 
     Asserts after each that no input is changed and that the output is the old one or none, and at
     the end that it is that of a run that nothing disturbed.
@@ -50,8 +54,9 @@ def kill_at_random(
     old = tree(direction.old) if overwrite else None
     before = tree(direction.source), tree(direction.hf)
     killed = Killed(dict.fromkeys(numbers, 0))
-    while sum(killed.times.values()) < kills:
+    while sum(killed.times.values()) < kills or killed.resumed < resumed:
         killed.outputs += 1
+        assert killed.outputs < 10 * kills, f"{told}: {killed}"
         out = folder / f"out{killed.outputs}"
         if overwrite:
             shutil.copytree(direction.old, out)
