@@ -39,18 +39,12 @@ every_version = pytest.mark.megatron
 
 # Where Muon's matrices are cut, or lie elsewhere. "tp2" is in the test of its checkpoints.
 MUON_LAYOUTS = {
-    **{
-        name: LAYOUTS[name]
-        for name in (
-            *("pp2", "vpp", "mtp layers alone between", "ep2", "cp2"),
-            "tp2 ep2 etp1",
-        )
-    },
+    **{name: LAYOUTS[name] for name in ("vpp", "cp2", "tp2 ep2 etp1")},
     # Megatron-Core's Muon knows its distributed optimizer in bf16 only: see below.
     "dp2": (2, ""),
 }
 # Started by a torchrun, as users do; the others' ranks are forked, which is quicker.
-TORCHRUN = ("tp2", "tp2 pp2")
+TORCHRUN = ("tp2",)
 
 Run = Callable[..., str]
 
