@@ -39,7 +39,8 @@ def _figures(record_property):
     figures.take()
     yield
     if taken := figures.take():
-        for name, value in (figures.versions() | taken).items():
+        named = {f"{figures.PREFIX}{name}": value for name, value in taken.items()}
+        for name, value in (figures.versions() | named).items():
             record_property(name, value)
 
 

@@ -35,6 +35,8 @@ COLUMNS = ("date", "step35_patch", *VERSIONS, "device", "test", "figure", "cases
 # A row's name: a measurement of the same replaces it.
 KEY = ("test", "figure", "megatron_core", "transformer_engine")
 PASSED = "passed"
+# As in tests/support/figures.py.
+PREFIX = "figure: "
 Row = dict[str, str]
 # A [[question.line]] or [[question.table]] of the card.
 Part = dict[str, Any]
@@ -67,8 +69,8 @@ def taken_from(path: Path) -> list[Row]:
             name, value = entry.get("name", ""), entry.get("value", "")
             if name in VERSIONS:
                 versions[name] = value
-            else:
-                figures.setdefault((test, name), []).append(float(value))
+            elif name.startswith(PREFIX):
+                figures.setdefault((test, name.removeprefix(PREFIX)), []).append(float(value))
     if passed and not versions:
         raise ValueError(f"{path}: expected a test that records a figure, found none; add one")
     about = {

@@ -50,9 +50,10 @@ def test_each_figure_is_within_its_bound(card):
 RESULT = """<testsuites><testsuite>
 <testcase classname="tests.model.test_x" name="test_a[1]"><properties>
 <property name="megatron_core" value="0.19.2"/><property name="torch" value="2.14.1"/>
-<property name="logits" value="1e-06"/></properties></testcase>
+<property name="figure: logits" value="1e-06"/></properties></testcase>
 <testcase classname="tests.model.test_x" name="test_a[2]"><properties>
-<property name="logits" value="3.14e-06"/></properties></testcase>
+<property name="figure: logits" value="3.14e-06"/>
+<property name="off" value="-3.1%"/></properties></testcase>
 <testcase classname="tests.model.test_x" name="test_b"><skipped message="none"/></testcase>
 </testsuite></testsuites>"""
 

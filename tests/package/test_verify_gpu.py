@@ -100,7 +100,7 @@ def test_figures_fill_the_cards_column(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_each_kind_of_layer_is_as_near_to_fp32_as_bf16_allows():
-    ended = run("tools/full_width.py", "--tiny", "--tokens", "480")
+    ended = run("tools/full_width.py", "--tiny", "--tokens", "960")
     assert ended.returncode == 0, ended.stdout + ended.stderr[-3000:]
     found = rows(ended.stdout)
     assert len(found) == 7

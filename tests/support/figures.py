@@ -12,6 +12,8 @@ import importlib.metadata
 
 from support import implementation
 
+# Of their names among a test's properties, of which some tests have others.
+PREFIX = "figure: "
 # What it is called, and the test's largest value.
 _recorded: dict[str, float] = {}
 
