@@ -31,19 +31,19 @@ def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
     )
 
 
-def read_plain(path: str | os.PathLike[str], most_bytes: int) -> bytes:
+def read_plain(path: str | os.PathLike[str], most_bytes: int | None = None) -> bytes:
     """What is in a regular file.
 
     Args:
         path: The file; links are followed.
-        most_bytes: How large it may be.
+        most_bytes: How large it may be; None where its own size is bound enough.
 
     Raises:
         OSError: It can't be read, or is something else.
         ValueError: It is larger, or the path has a null character.
     """
     with open_plain(path) as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
+        content = file.read(-1 if most_bytes is None else most_bytes + 1)
+    if most_bytes is not None and len(content) > most_bytes:
         raise ValueError(f"expected at most {most_bytes} bytes, found more")
     return content

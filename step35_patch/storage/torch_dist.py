@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from step35_patch.config.plain_file import open_plain, read_plain
+from step35_patch.config.plain_file import read_plain
 from step35_patch.storage.errors import CheckpointError
 from step35_patch.storage.inert_pickle import Inert, Named, load_inert
 from step35_patch.storage.reading import OpenFiles, Window
@@ -42,7 +42,6 @@ from step35_patch.storage.torch_archive import Archive, storage_name
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
-_LARGEST_TRACKER = 4096
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 # Of a checkpoint with common.pt, which all versions of Megatron-Core read.
 FORMAT_CONTENT = {
@@ -56,8 +55,8 @@ FORMAT_CONTENT = {
 _NAMESPACE = Named("argparse", "Namespace")
 # Records that are opened at a time, and the bytes at each end of one that opening it looks at.
 _AT_ONCE, _END = 512, 4096
-# Of an iteration's number: more are too many for Python, and for a folder's name.
-_MOST_DIGITS = 18
+# Bytes of a tracker; digits in it: more are too many for Python, and for a folder's name.
+_LARGEST_TRACKER, _MOST_DIGITS = 4096, 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +137,7 @@ class TorchDistFolder:
     def _read_metadata(self) -> dict[str, StoredTensor]:
         file = self.path / METADATA
         try:
-            with open_plain(file) as opened:
-                metadata = load_inert(opened.read())
+            metadata = load_inert(read_plain(file))
             places = {
                 _index(index): _place(index.fqn, info)
                 for index, info in metadata.storage_data.items()
@@ -184,8 +182,7 @@ class TorchDistFolder:
         """
         try:
             if (file := self.path / COMMON).exists():
-                with open_plain(file) as opened:
-                    state = Archive(memoryview(opened.read())).object()
+                state = Archive(memoryview(read_plain(file))).object()
             elif (place := self._bytes.get("common_state/shard_0_1")) is not None:
                 record = Window(self._files.get(place.file), place.offset, place.length)
                 state = Archive(record).object()[0]
@@ -284,8 +281,7 @@ class TorchDistFolder:
         tensor = self.tensors[key]
         # Experts are most chunks of a checkpoint and are read by the chunk: no search for them.
         if (exact := self._boxes.get((key, offsets, sizes))) is not None:
-            count = math.prod(sizes)
-            return self._elements(key, exact, 0, count, tensor.dtype).view(sizes)
+            return self._elements(key, exact, 0, math.prod(sizes), tensor.dtype).view(sizes)
         ends = _ends(offsets, sizes)
         result: Tensor | None = None
         for chunk in tensor.chunks:
